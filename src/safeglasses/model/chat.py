@@ -1,0 +1,94 @@
+"""What goes into a model: chats, and batches of them with every token's role known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from PIL import Image
+from torch import Tensor
+
+Message = Mapping[str, Any]
+Span = Literal["image", "prompt", "response", "all"]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation as chat templates take it, and optionally the response that follows."""
+
+    messages: Sequence[Message]
+    """``{"role": …, "content": [{"type": "image", "image": PIL image}, {"type": "text", "text": …}]}``;
+    a content may also be a plain string."""
+    response: str | None = None
+    """The assistant's answer to the last message; None: the prompt alone."""
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures in the order of the conversation."""
+        return [
+            part["image"]
+            for message in self.messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded chats. Padding belongs to no span."""
+
+    inputs: dict[str, Tensor]
+    """What the model's forward takes (no labels)."""
+    prompt_length: Int[Tensor, " sample"]
+    """Tokens before the response, picture tokens included, padding not counted."""
+    prompt_mask: Bool[Tensor, "sample token"]
+    """Tokens before the response, picture tokens included."""
+    response_mask: Bool[Tensor, "sample token"]
+    """Tokens of the response."""
+    image_mask: Bool[Tensor, "sample token"]
+    """Picture tokens (the placeholder, where pictures enter by cross-attention)."""
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "sample token"]:
+        """1 for every token, 0 for padding."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def last_prompt(self) -> Int[Tensor, " sample"]:
+        """Column of the last prompt token."""
+        columns = torch.arange(self.prompt_mask.shape[1], device=self.prompt_mask.device)
+        return (self.prompt_mask * columns).amax(dim=1)
+
+    def span(self, name: Span) -> Bool[Tensor, "sample token"]:
+        """Return a span's tokens; ``prompt`` includes the picture tokens, ``all`` is all but padding."""
+        masks = {"image": self.image_mask, "prompt": self.prompt_mask, "response": self.response_mask}
+        return self.attention_mask.bool() if name == "all" else masks[name]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device."""
+        return replace(
+            self,
+            inputs={name: value.to(device) for name, value in self.inputs.items()},
+            prompt_length=self.prompt_length.to(device),
+            prompt_mask=self.prompt_mask.to(device),
+            response_mask=self.response_mask.to(device),
+            image_mask=self.image_mask.to(device),
+        )
+
+
+def batches(keys: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:
+    """Return indices in batches of at most ``size``: similar keys together, in a fixed order.
+
+    Args:
+        keys: per chat (number of pictures, length in tokens, …); a batch never mixes the first entry.
+        size: largest number of chats in a batch, at least 1.
+    """
+    out: list[list[int]] = []
+    for index in sorted(range(len(keys)), key=lambda i: (*keys[i], i)):
+        if out and len(out[-1]) < max(size, 1) and keys[out[-1][0]][0] == keys[index][0]:
+            out[-1].append(index)
+        else:
+            out.append([index])
+    return out

@@ -1,0 +1,201 @@
+"""Turn chats into batches through a checkpoint's own chat template; count tokens without running a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from safeglasses.errors import SafeglassesError
+from safeglasses.model.chat import Batch, Chat
+
+Side = Literal["right", "left"]
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A processor (or, for text-only models, a tokenizer) and what the model says about its tokens."""
+
+    processor: ProcessorMixin | PreTrainedTokenizerBase
+    """Renders, tokenises and prepares pictures."""
+    image_token_id: int | None
+    """Id of the tokens that stand for a picture."""
+    accepted: frozenset[str]
+    """Names of the parameters of the model's forward."""
+    dtype: torch.dtype
+    """What pictures are cast to."""
+    flat_positions: bool
+    """The model takes ``position_ids`` of shape (sample, token)."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a generated answer."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, alone or inside the processor."""
+        if isinstance(self.processor, PreTrainedTokenizerBase):
+            return self.processor
+        return self.processor.tokenizer
+
+    def encode(self, chats: Sequence[Chat], padding_side: Side, *, end_of_turn: bool = False) -> Batch:
+        """Encode chats as one batch; see `VLM.encode`."""
+        self._check(chats)
+        prompts = self._apply([_conversation(chat, self.processor) for chat in chats], tokenize=True)
+        ending = [self.end_of_turn] if end_of_turn else []
+        responses = [ids + ending if (ids := self.response_ids(chat)) else ids for chat in chats]
+        kept = {
+            name: value
+            for name, value in prompts.items()
+            if isinstance(value, Tensor) and (name in self.accepted or not name.endswith("type_ids"))
+        }
+        mask = kept["attention_mask"].bool()
+        pad: Any = self.tokenizer.pad_token_id or 0
+        inputs = {
+            name: _joined(name, value, mask, responses, padding_side, pad) if name in _PER_TOKEN else value
+            for name, value in kept.items()
+        }
+        inputs = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        attention = inputs["attention_mask"]
+        if padding_side == "left" and self.flat_positions:
+            inputs["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
+        order = attention.cumsum(dim=1)  # 1 for the first token of a row
+        prompt_length = mask.sum(dim=1)
+        prompt_mask = attention.bool() & (order <= prompt_length[:, None])
+        is_image = (
+            torch.zeros_like(prompt_mask) if self.image_token_id is None else inputs["input_ids"] == self.image_token_id
+        )
+        return Batch(
+            inputs=inputs,
+            prompt_length=prompt_length,
+            prompt_mask=prompt_mask,
+            response_mask=attention.bool() & ~prompt_mask,
+            image_mask=is_image & prompt_mask,
+        )
+
+    def lengths(self, chats: Sequence[Chat]) -> list[int]:
+        """Return token counts; see `VLM.lengths`."""
+        extra: dict[tuple[tuple[int, int], ...], int] = {(): 0}
+        out: list[int] = []
+        if not chats:
+            return out
+        texts = self._apply([_conversation(chat, self.processor) for chat in chats], tokenize=False)
+        special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
+        special = special and not isinstance(self.processor, PreTrainedTokenizerBase)
+        plain = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+        for chat, ids in zip(chats, plain, strict=True):
+            sizes = tuple(image.size for image in chat.images)
+            if sizes not in extra:
+                prompt = self.encode([Chat(chat.messages)], "right")
+                extra[sizes] = int(prompt.prompt_length[0]) - len(ids)
+            out.append(len(ids) + extra[sizes] + len(self.response_ids(chat)))
+        return out
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """Id of the token that ends the assistant's turn: the stop token that the chat template writes.
+
+        Raises:
+            SafeglassesError: the checkpoint names no stop token.
+        """
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        chats = [_conversation(Chat(probe), self.processor)]
+        written = self.tokenizer(self._apply(chats, tokenize=False)[0], add_special_tokens=False)["input_ids"]
+        found = [token for token in written if token in self.stop_ids]
+        if found or self.stop_ids:
+            return found[-1] if found else self.stop_ids[0]
+        raise SafeglassesError(
+            "the checkpoint names no token that ends a turn",
+            given="no eos_token_id in generation_config.json and none in the tokenizer",
+            do="set eos_token_id in the checkpoint's generation_config.json",
+        )
+
+    def response_ids(self, chat: Chat) -> list[int]:
+        """Return the tokens of a chat's response."""
+        if not chat.response:
+            return []
+        ids = list(self.tokenizer(chat.response, add_special_tokens=False)["input_ids"])
+        if self.image_token_id in ids:  # an answer that spells a picture's placeholder is text all the same
+            options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+            ids = list(self.tokenizer(chat.response, **options)["input_ids"])
+        return ids
+
+    def _apply(self, conversations: list[list[dict[str, Any]]], *, tokenize: bool) -> Any:
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": tokenize}
+        padding = {"padding": True, "padding_side": "right"}
+        if tokenize:
+            options |= {"return_dict": True, "return_tensors": "pt"}
+            flat = isinstance(self.processor, PreTrainedTokenizerBase)
+            options |= padding if flat else {"processor_kwargs": padding}
+        try:
+            return self.processor.apply_chat_template(conversations, **options)
+        except (ValueError, TemplateError) as error:
+            raise SafeglassesError(
+                "the model's chat template or processor refuses a chat",
+                given=str(error).strip().splitlines()[0],
+                expected="roles in an order that the template knows, and no picture placeholder in the texts",
+                do="mend the messages: drop system turns, join turns of one role, remove <image> etc.",
+            ) from error
+
+    def _check(self, chats: Sequence[Chat]) -> None:
+        counts = [len(chat.images) for chat in chats]
+        if not counts:
+            raise SafeglassesError("no chats to encode", expected="at least one")
+        if any(counts) and isinstance(self.processor, PreTrainedTokenizerBase):
+            raise SafeglassesError(
+                "a picture was given to a text-only model",
+                given=f"{max(counts)} picture(s) in chat {counts.index(max(counts))}",
+                expected="chats with text alone",
+                do="use a vision-language model, or take the pictures out of the examples",
+            )
+        if len(set(counts)) > 1:
+            raise SafeglassesError(
+                "the chats of one batch hold different numbers of pictures",
+                given=", ".join(map(str, counts)),
+                expected="the same number in every chat",
+                do="group them with safeglasses.model.vlm.batches",
+            )
+
+
+def _conversation(chat: Chat, processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return messages as the template wants them: strings for tokenizers, lists of parts for processors."""
+    flat = isinstance(processor, PreTrainedTokenizerBase)
+    messages: list[dict[str, Any]] = []
+    for message in chat.messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        if flat:
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            messages.append({**message, "content": text})
+        else:
+            messages.append({**message, "content": parts})
+    return messages
+
+
+def _joined(name: str, value: Tensor, mask: Tensor, responses: Sequence[list[int]], side: Side, pad: int) -> Tensor:
+    """Put each row's response behind its prompt and pad anew.
+
+    Args:
+        name: which input it is.
+        value: one entry per prompt token, ``[sample, token, ...]``.
+        mask: which of them are prompt tokens, ``[sample, token]``.
+        responses: token ids per sample.
+        side: where padding goes.
+        pad: the id of the padding token.
+    """
+    rows: list[Tensor] = []
+    for row, keep, response in zip(value, mask, responses, strict=True):
+        prompt = row[keep]
+        if name == "input_ids":
+            tail = prompt.new_tensor(response)
+        elif name == "cross_attention_mask":  # the response sees the pictures that the end of the prompt sees
+            tail = prompt[-1:].expand(len(response), *prompt.shape[1:])
+        else:
+            tail = torch.full_like(prompt[:1], int(name == "attention_mask")).expand(len(response))
+        rows.append(torch.cat([prompt, tail]))
+    fill = pad if name == "input_ids" else 0
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)

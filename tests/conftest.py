@@ -1,0 +1,34 @@
+"""Offline, quiet, type-checked: what every test runs under."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+
+jaxtyping.install_import_hook("safeglasses", "beartype.beartype")  # before the first import of safeglasses
+
+# ruff: noqa: E402
+import pytest
+from transformers.utils.logging import disable_progress_bar
+
+import families
+from safeglasses.model.vlm import VLM, load
+
+disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llava checkpoint; treat the folder as read-only."""
+    return families.build("llava", tmp_path_factory.mktemp("tiny") / "llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tiny: Path) -> VLM:
+    """The tiny llava, loaded; shared by the session, so leave its weights alone."""
+    return load(tiny)

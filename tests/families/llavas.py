@@ -1,0 +1,201 @@
+"""LLaVA and the families made like it."""
+
+from typing import Any
+
+from transformers.processing_utils import ProcessorMixin
+
+from families.parts import IMAGE, SIZE, Family, get, pil, text, vision, without_video
+
+_GRID = [[24, 48], [48, 24], [48, 48]]
+_INTERN = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+_GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+
+
+def _llava(ids: dict[str, int]) -> Any:
+    return get("llava.LlavaConfig")(
+        text_config={"model_type": "llama", **text()},
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **vision()},
+        image_token_index=ids["<image>"],
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_processor(tokenizer: Any) -> ProcessorMixin:
+    return get("llava.LlavaProcessor")(
+        image_processor=pil("clip", "CLIPImageProcessorPil")(size={"shortest_edge": 24}, crop_size=SIZE),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _llava_next(ids: dict[str, int]) -> Any:
+    return get("llava_next.LlavaNextConfig")(
+        text_config={"model_type": "llama", **text()},
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **vision()},
+        image_token_index=ids["<image>"],
+        image_grid_pinpoints=_GRID,
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_next_processor(tokenizer: Any) -> ProcessorMixin:
+    return get("llava_next.LlavaNextProcessor")(
+        image_processor=pil("llava_next", "LlavaNextImageProcessorPil")(
+            size={"shortest_edge": 24}, crop_size=SIZE, image_grid_pinpoints=_GRID
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _llava_onevision(ids: dict[str, int]) -> Any:
+    return get("llava_onevision.LlavaOnevisionConfig")(
+        text_config={"model_type": "qwen2", **text()},
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision()},
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=_GRID,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_onevision_processor(tokenizer: Any) -> ProcessorMixin:
+    return without_video("llava_onevision.LlavaOnevisionProcessor")(
+        image_processor=pil("llava_onevision", "LlavaOnevisionImageProcessorPil")(
+            size=SIZE, image_grid_pinpoints=_GRID
+        ),
+        tokenizer=tokenizer,
+        num_image_tokens=9,
+        vision_feature_select_strategy="full",
+    )
+
+
+def _internvl(ids: dict[str, int]) -> Any:
+    return get("internvl.InternVLConfig")(
+        text_config={"model_type": "qwen2", **text()},
+        vision_config={"model_type": "internvl_vision", **vision(image_size=[24, 24], patch_size=[4, 4])},
+        image_token_id=ids["<IMG_CONTEXT>"],
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+
+
+def _internvl_processor(tokenizer: Any) -> ProcessorMixin:
+    return without_video("internvl.InternVLProcessor")(
+        image_processor=pil("got_ocr2", "GotOcr2ImageProcessorPil")(size=SIZE, crop_to_patches=True, max_patches=2),
+        tokenizer=tokenizer,
+        image_seq_length=9,
+    )
+
+
+def _gemma3(ids: dict[str, int]) -> Any:
+    return get("gemma3.Gemma3Config")(
+        text_config=text(
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=12,
+            layer_types=["sliding_attention", "full_attention"],
+            tie_word_embeddings=True,
+        ),
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision()},
+        mm_tokens_per_image=9,
+        image_token_index=ids["<image_soft_token>"],
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+    )
+
+
+def _gemma3_processor(tokenizer: Any) -> ProcessorMixin:
+    return get("gemma3.Gemma3Processor")(
+        image_processor=pil("gemma3", "Gemma3ImageProcessorPil")(size=SIZE),
+        tokenizer=tokenizer,
+        image_seq_length=9,
+    )
+
+
+def _paligemma(ids: dict[str, int]) -> Any:
+    return get("paligemma.PaliGemmaConfig")(
+        text_config={"model_type": "gemma", **text(head_dim=8)},
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision()},
+        image_token_index=ids["<image>"],
+        projection_dim=32,
+        hidden_size=32,
+    )
+
+
+def _paligemma_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("siglip", "SiglipImageProcessorPil")(size=SIZE)
+    images.image_seq_length = 9
+    return get("paligemma.PaliGemmaProcessor")(image_processor=images, tokenizer=tokenizer)
+
+
+def _mistral3(ids: dict[str, int]) -> Any:
+    return get("mistral3.Mistral3Config")(
+        text_config={"model_type": "mistral", **text(head_dim=8)},
+        vision_config={"model_type": "pixtral", **vision(image_size=48, head_dim=8)},
+        image_token_index=ids["[IMG]"],
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+
+
+def _mistral3_processor(tokenizer: Any) -> ProcessorMixin:
+    return get("pixtral.PixtralProcessor")(
+        image_processor=pil("pixtral", "PixtralImageProcessorPil")(
+            size={"longest_edge": 48}, patch_size={"height": 8, "width": 8}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        spatial_merge_size=2,
+    )
+
+
+SPECS: dict[str, Family] = {
+    "llava": Family(_llava, "LlavaForConditionalGeneration", _llava_processor, named=IMAGE, image="<image>"),
+    "llava_next": Family(
+        _llava_next, "LlavaNextForConditionalGeneration", _llava_next_processor, named=IMAGE, image="<image>"
+    ),
+    "llava_onevision": Family(
+        _llava_onevision,
+        "LlavaOnevisionForConditionalGeneration",
+        _llava_onevision_processor,
+        named={**IMAGE, "video_token": "<video>"},
+        image="<image>",
+    ),
+    "internvl": Family(
+        _internvl,
+        "InternVLForConditionalGeneration",
+        _internvl_processor,
+        named=_INTERN,
+        image="<IMG_CONTEXT>",
+    ),
+    "gemma3": Family(
+        _gemma3, "Gemma3ForConditionalGeneration", _gemma3_processor, named=_GEMMA, image="<start_of_image>"
+    ),
+    "paligemma": Family(
+        _paligemma,
+        "PaliGemmaForConditionalGeneration",
+        _paligemma_processor,
+        named=IMAGE,
+        image="<image>",
+        template=False,
+    ),
+    "mistral3": Family(
+        _mistral3,
+        "Mistral3ForConditionalGeneration",
+        _mistral3_processor,
+        tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        image="[IMG]",
+    ),
+}

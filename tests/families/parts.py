@@ -1,0 +1,79 @@
+"""What the families are built from."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.processing_utils import ProcessorMixin
+
+VOCAB = 400
+SIZE = {"height": 24, "width": 24}
+MROPE = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+IMAGE = {"image_token": "<image>"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families."""
+
+    config: Callable[[dict[str, int]], Any]
+    """Builds the config from the ids of the special tokens."""
+    model: str
+    """Class name of the model."""
+    processor: Callable[[Any], ProcessorMixin] | None = None
+    """Builds the processor around a tokenizer; None: text-only."""
+    tokens: tuple[str, ...] = ()
+    """Further special tokens."""
+    named: dict[str, str] = field(default_factory=dict)
+    """Named special tokens of the tokenizer (``image_token`` …)."""
+    image: str = ""
+    """What the chat template writes for a picture."""
+    template: bool = True
+    """Whether the checkpoint has a chat template."""
+
+
+def get(path: str) -> Any:
+    """Import ``llava.LlavaConfig`` from transformers' models without the rest of transformers."""
+    package, name = path.split(".")
+    return getattr(importlib.import_module("." + package, "transformers.models"), name)
+
+
+def pil(package: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{package}.image_processing_pil_{package}"), name)
+
+
+def without_video(path: str) -> Any:
+    """Return a processor class without its video half, which would need torchvision."""
+    known = get(path)
+    parts = [part for part in known.get_attributes() if part != "video_processor"]
+    return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _cls: list(parts))})
+
+
+def text(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def vision(**more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 8,
+        **more,
+    }
