@@ -1,0 +1,1 @@
+"""The user's data: `safeglasses.data.examples` is the door, `safeglasses.data.miniature` a world to try."""
