@@ -1,0 +1,142 @@
+"""Sets of neurons, and the rules that draw them from evidence."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from safeglasses.errors import SafeglassesError
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.pools import Pool
+from safeglasses.model.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A set of neurons over known sites.
+
+    >>> experts = Selection.fdr(evidence, Pool.parse("response:max")) - Selection.above(evidence, pool, 0.9)
+    """
+
+    masks: Mapping[Site, Bool[Tensor, " _neuron"]]
+    """Per site which neurons belong to the set."""
+
+    @classmethod
+    def above(cls, evidence: Evidence, pool: Pool, threshold: float) -> "Selection":
+        """Neurons whose AUROC exceeds a threshold."""
+        row = evidence.row(pool)
+        return cls({site: values[row] > threshold for site, values in evidence.auroc.items()})
+
+    @classmethod
+    def fdr(cls, evidence: Evidence, pool: Pool, q: float = 0.05, *, held_out: bool = True) -> "Selection":
+        """Neurons with AUROC above 0.5 at a false discovery rate.
+
+        Args:
+            evidence: what was measured.
+            pool: which of its evidences.
+            q: the rate, controlled over all neurons of that pool (Benjamini and Hochberg).
+            held_out: also demand AUROC > 0.5 on the held-out examples.
+
+        Raises:
+            SafeglassesError: held-out values are asked for and there are none.
+        """
+        row, values = evidence.row(pool), evidence.q_values(pool)
+        masks = {site: values[site] <= q for site in values}
+        if held_out:
+            if evidence.held_out is None:
+                raise SafeglassesError(
+                    "the evidence has no held-out values",
+                    do="measure it with held-out examples (a calibrate split), or pass held_out=False",
+                )
+            masks = {site: mask & (evidence.held_out[site][row] > 0.5) for site, mask in masks.items()}
+        return cls(masks)
+
+    @classmethod
+    def top(cls, evidence: Evidence, pool: Pool, k: int) -> "Selection":
+        """The k neurons with the highest AUROC, exactly k whatever the ties: earlier sites and indices first.
+
+        Raises:
+            SafeglassesError: there are fewer than k neurons.
+        """
+        row = evidence.row(pool)
+        scores = torch.cat([values[row] for values in evidence.auroc.values()])
+        if not 0 <= k <= len(scores):
+            raise SafeglassesError("no such number of neurons", given=f"k={k}", expected=f"0 to {len(scores)}")
+        chosen = torch.zeros(len(scores), dtype=torch.bool)
+        chosen[torch.sort(scores, descending=True, stable=True).indices[:k]] = True
+        widths = [values.shape[1] for values in evidence.auroc.values()]
+        return cls(dict(zip(evidence.auroc, chosen.split(widths), strict=True)))
+
+    def __len__(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    def __iter__(self) -> Iterator[tuple[Site, int]]:
+        for site, mask in self.masks.items():
+            for index in mask.nonzero()[:, 0].tolist():
+                yield site, index
+
+    def __contains__(self, neuron: object) -> bool:
+        if not isinstance(neuron, tuple) or len(neuron) != 2 or neuron[0] not in self.masks:
+            return False
+        mask = self.masks[neuron[0]]
+        return 0 <= neuron[1] < len(mask) and bool(mask[neuron[1]])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return self.masks.keys() == other.masks.keys() and all(
+            torch.equal(mask, other.masks[site]) for site, mask in self.masks.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: "Selection") -> "Selection":
+        """Neurons in both."""
+        self._check(other)
+        return Selection({site: mask & other.masks[site] for site, mask in self.masks.items()})
+
+    def __or__(self, other: "Selection") -> "Selection":
+        """Neurons in either."""
+        self._check(other)
+        return Selection({site: mask | other.masks[site] for site, mask in self.masks.items()})
+
+    def __sub__(self, other: "Selection") -> "Selection":
+        """Neurons in this one alone."""
+        self._check(other)
+        return Selection({site: mask & ~other.masks[site] for site, mask in self.masks.items()})
+
+    def overlap(self, other: "Selection") -> dict[str, float | int | None]:
+        """Compare two sets: sizes, Jaccard, and the directional shares (None for an empty set)."""
+        both, either = len(self & other), len(self | other)
+        return {
+            "intersection": both,
+            "union": either,
+            "jaccard": both / either if either else None,
+            "of_self": both / len(self) if len(self) else None,
+            "of_other": both / len(other) if len(other) else None,
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """Count per site, JSON-ready; sites without a selected neuron included."""
+        return [
+            {
+                "site": str(site),
+                "layer": site.layer,
+                "kind": site.kind,
+                "selected": int(m.sum()),
+                "neurons": len(m),
+            }
+            for site, m in self.masks.items()
+        ]
+
+    def _check(self, other: "Selection") -> None:
+        same = self.masks.keys() == other.masks.keys()
+        if not same or any(len(mask) != len(other.masks[site]) for site, mask in self.masks.items()):
+            raise SafeglassesError(
+                "selections over different sites cannot be combined",
+                given=f"{len(self.masks)} and {len(other.masks)} sites",
+                expected="the same sites with the same numbers of neurons",
+            )
