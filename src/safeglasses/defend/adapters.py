@@ -1,0 +1,210 @@
+"""The PEFT side of glasses: an IA3 adapter whose learned vectors are the factors.
+
+IA3 multiplies the output of a target module (bias included) by a vector of shape (out, 1), or, for modules
+among ``feedforward_modules``, the input by one of shape (1, in). That is what a factor does, bit for bit: in
+float32 whichever way the adapter is loaded; in 16 bits through transformers, or through PEFT with
+``autocast_adapter_dtype=False`` (PEFT's default multiplies in float32 there and rounds once more).
+
+Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning", section 3.3;
+``peft/tuners/ia3/layer.py``. Here the vectors are not trained but computed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from safeglasses.defend.factors import Factors, in_order
+from safeglasses.defend.home import Home
+from safeglasses.errors import PartialMatch, SafeglassesError
+from safeglasses.files import atomic_write_bytes, read_json, write_json
+from safeglasses.model.hooks import scaled, tap
+from safeglasses.model.sites import Site
+from safeglasses.model.vlm import VLM
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def write_adapter(folder: Path, effective: Factors, home: Home) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; same factors, same bytes.
+
+    Raises:
+        SafeglassesError: two sides of one module, which IA3 cannot hold.
+    """
+    _refuse_both_sides(effective)
+    sites = in_order(effective)
+    write_json(
+        folder / CONFIG,
+        {
+            "peft_type": "IA3",
+            "task_type": None,
+            "base_model_name_or_path": home.source,
+            "revision": home.revision,
+            "target_modules": [home.absolute(site.path) for site in sites],
+            "feedforward_modules": [home.absolute(site.path) for site in sites if site.side == "in"],
+            "fan_in_fan_out": home.conv1d,
+            "init_ia3_weights": True,
+            "inference_mode": True,
+            "modules_to_save": None,
+            "exclude_modules": None,
+            "auto_mapping": None,
+        },
+    )
+    tensors = {_key(site, home): _shaped(site, effective[site]) for site in sites}
+    atomic_write_bytes(folder / TENSORS, save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
+
+
+def verify_adapter(folder: Path, effective: Factors, home: Home) -> None:
+    """Check that PEFT will apply exactly these factors from this folder.
+
+    Raises:
+        SafeglassesError: the files cannot be read.
+        PartialMatch: the config or a tensor says something else.
+    """
+    sites = in_order(effective)
+    config = read_json(folder / CONFIG)
+    given = {"peft_type": config.get("peft_type")}
+    given |= {n: sorted(config.get(n) or []) for n in ("target_modules", "feedforward_modules")}
+    wanted: dict[str, Any] = {
+        "peft_type": "IA3",
+        "target_modules": sorted(home.absolute(s.path) for s in sites),
+    }
+    wanted["feedforward_modules"] = sorted(home.absolute(s.path) for s in sites if s.side == "in")
+    for name in wanted:
+        if given[name] != wanted[name]:
+            raise _tampered(
+                folder / CONFIG,
+                f"{name} is {_differing(given[name], wanted[name])}",
+            )
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise SafeglassesError("could not read the adapter", given=f"{folder / TENSORS}: {error}") from error
+    expected = {_key(site, home): _shaped(site, effective[site]) for site in sites}
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    other = [k for k in expected.keys() & tensors.keys() if not torch.equal(expected[k], tensors[k].float())]
+    for what, keys in (("missing", missing), ("unknown", unknown), ("with other values", other)):
+        if keys:
+            raise _tampered(folder / TENSORS, f"{len(keys)} of {len(expected)} tensors {what}: {_some(sorted(keys))}")
+
+
+def check_names(model: nn.Module, effective: Factors, home: Home) -> None:
+    """Refuse names that PEFT would match on other modules as well: it compares the ends of paths.
+
+    Raises:
+        SafeglassesError: naming both modules.
+    """
+    targets = {home.absolute(site.path) for site in effective}
+    inputs = {home.absolute(site.path) for site in effective if site.side == "in"}
+    for name, _ in model.named_modules():
+        ends = {name[i + 1 :] for i, letter in enumerate(name) if letter == "."}
+        wrong = ends & targets if name not in targets else {t for t in inputs - {name} if name.endswith(t)}
+        if wrong:
+            raise SafeglassesError(
+                "PEFT would apply these glasses to another module as well",
+                given=f"{name} ends with {min(wrong)}",
+                expected="module paths that are unambiguous in this model",
+                do="fold the glasses instead: fold_checkpoint",
+            )
+
+
+def one_side(effective: Factors, vlm: VLM | None) -> tuple[dict[Site, Float[Tensor, " _neuron"]], dict[Site, Site]]:
+    """Move factors so that every module has them on one side only, where that can be done.
+
+    In a gated feed-forward block, down(act(gate(x)) ∘ up(x)), factors on the input of *down* and on the
+    output of *up* do the same. The move is proved on the block itself before it is made.
+
+    Returns:
+        The factors of the adapter, and which site moved where.
+
+    Raises:
+        SafeglassesError: some module keeps both sides.
+    """
+    moves: dict[Site, Site] = {}
+    for site in in_order(effective):
+        if vlm is not None and site.side == "in" and Site(site.path, "out") in effective:
+            up = _up_of(vlm, site)
+            moves |= {site: up} if up is not None else {}
+    moved = move(effective, moves)
+    _refuse_both_sides(moved)
+    return moved, moves
+
+
+def move(effective: Factors, moves: Mapping[Site, Site]) -> dict[Site, Float[Tensor, " _neuron"]]:
+    """Multiply each moved site's factors into those of the site it moves to."""
+    moved = dict(effective)
+    for old, new in moves.items():
+        row = moved.pop(old)
+        moved[new] = moved[new] * row if new in moved else row
+    return moved
+
+
+def _up_of(vlm: VLM, site: Site) -> Site | None:
+    """Find the map whose output scales as the input of `site` does; None unless the block proves it."""
+    block_path = site.path.rpartition(".")[0]
+    up = Site(f"{block_path}.up_proj", "out")
+    names = {up.path, f"{block_path}.gate_proj"}
+    widths = vlm.anatomy.linears
+    if not names <= widths.keys() or widths[up.path] != vlm.anatomy.in_features[site.path]:
+        return None
+    block = vlm.model.get_submodule(vlm.anatomy.absolute_path(block_path))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, vlm.anatomy.in_features[up.path], generator=generator).to(vlm.device, vlm.dtype)
+    factor = torch.linspace(-1.5, 1.5, widths[up.path])
+    seen: list[Tensor] = []
+    with (
+        torch.no_grad(),
+        tap(vlm.model, vlm.anatomy, [site], lambda _, value: seen.append(value.float().cpu())),
+    ):
+        block(x)
+        with scaled(vlm.model, vlm.anatomy, {up: factor}):
+            block(x)
+    plain, after = seen
+    return up if torch.allclose(after, plain * factor, rtol=0.02, atol=1e-3 * float(plain.abs().max())) else None
+
+
+def _refuse_both_sides(effective: Factors) -> None:
+    both = [s.path for s in in_order(effective) if s.side == "in" and Site(s.path, "out") in effective]
+    if both:
+        raise SafeglassesError(
+            "an IA3 adapter scales a module's input or its output, not both",
+            given=f"both sides of {len(both)} modules: {_some(both)}",
+            expected="one side per module; in gated blocks the inputs of down_proj can move to up_proj",
+            do="save(folder, vlm) with the model, or fold the glasses: fold_checkpoint takes both sides",
+        )
+
+
+def _key(site: Site, home: Home) -> str:
+    return f"{_PREFIX}{home.absolute(site.path)}.ia3_l"
+
+
+def _shaped(site: Site, row: Float[Tensor, " _neuron"]) -> Tensor:
+    return row.reshape((-1, 1) if site.side == "out" else (1, -1)).contiguous()
+
+
+def _tampered(path: Path, what: str) -> PartialMatch:
+    return PartialMatch(
+        "the adapter is not what the table of neurons says: one of the files was changed after saving",
+        given=f"{path}: {what}",
+        expected="the files as they were written together",
+        do="restore the folder, or make the glasses again",
+    )
+
+
+def _differing(given: Any, wanted: Any) -> str:
+    if not isinstance(given, list):
+        return repr(given)
+    extra, missing = sorted(set(given) - set(wanted)), sorted(set(wanted) - set(given))
+    parts = [f"{word} {_some(names)}" for word, names in (("with", extra), ("without", missing)) if names]
+    return " and ".join(parts) or "a list with repeats"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

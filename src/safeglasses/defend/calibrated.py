@@ -1,0 +1,231 @@
+"""Factors whose strengths are learned, in one of two granularities; the expertise decides the rest.
+
+*group*: one strength per module kind × layer × term, a term being one side of one evidence. *neuron*: one
+strength per expert neuron. Values of linear maps have no preferred sign, so a neuron that is low on toxic
+examples (AUROC 0.2) knows as much as one that is high (0.8): two-sided rules count both.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from safeglasses.defend.expertise import experts, restrict, rows, table_columns
+from safeglasses.defend.glasses import Glasses
+from safeglasses.errors import SafeglassesError
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.pools import Pool
+from safeglasses.model.sites import Site
+
+Granularity = Literal["group", "neuron"]
+
+
+@dataclass(frozen=True)
+class CalibratedRule:
+    """α = 1 − Σ_t λ_t · |Gini_t| · [the evidence of t selects the neuron], with everything but λ worked out.
+
+    Per neuron there is one λ and the largest |Gini|; per group λ is shared by a module kind and layer, and
+    there is one per term. The tensors are padded over sites, so that one call costs few tensor operations
+    however many sites there are: calibration makes one per gradient step.
+    """
+
+    sites: tuple[Site, ...]
+    """The sites, in the evidence's order."""
+    widths: tuple[int, ...]
+    """Neurons per site."""
+    kinds: tuple[str, ...]
+    """First axis of the strengths: module kinds such as ``mlp.down_proj:out``."""
+    layers: tuple[int, ...]
+    """Second axis: decoder layers that hold a site."""
+    terms: tuple[str, ...]
+    """Third axis: evidences, e.g. ``prompt:last``, and their lower sides, e.g. ``prompt:last below``."""
+    granularity: Granularity
+    """What shares a strength."""
+    gain: Float[Tensor, "site term neuron"]
+    """|Gini| of the selected neurons, 0 elsewhere and in the padding."""
+    kind: Int[Tensor, " site"]
+    """Which strength row each site takes."""
+    layer: Int[Tensor, " site"]
+    """Which strength column each site takes."""
+    clamp: bool
+    """Whether factors are held in [0, 1]."""
+    pools: tuple[Pool, ...]
+    """The evidences behind the terms."""
+    evidence: Evidence = field(repr=False, compare=False)
+    """What the rule was made from."""
+    _copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def from_evidence(
+        cls,
+        evidence: Evidence,
+        *,
+        pools: Sequence[Pool],
+        threshold: float | None = 0.5,
+        clamp: bool = True,
+        fdr: float | None = None,
+        sites: Sequence[Site] | None = None,
+        two_sided: bool = False,
+        granularity: Granularity = "group",
+    ) -> "CalibratedRule":
+        """Work out the part that does not depend on the strengths.
+
+        Args:
+            evidence: AUROC per neuron.
+            pools: the evidences to weigh, at least one; each must be in the evidence.
+            threshold: AUROC above which a neuron counts; below 0.5 Gini⁺ is 0 anyway.
+            clamp: hold factors in [0, 1].
+            fdr: in addition only neurons significant at this false discovery rate.
+            sites: only these sites; without, all of the evidence's.
+            two_sided: neurons with AUROC below 1 − threshold count as well.
+            granularity: what shares a strength.
+
+        Raises:
+            SafeglassesError: a pool or a site that the evidence does not hold.
+        """
+        evidence = evidence if sites is None else restrict(evidence, sites)
+        chosen = experts(evidence, pools, threshold=threshold, fdr=fdr)
+        widths = tuple(mask.shape[1] for mask in chosen.values())
+        low = max(0.5, threshold if threshold is not None else 0.5)
+        gain = torch.zeros(len(chosen), len(pools) * (1 + two_sided), max(widths), dtype=torch.float32)
+        for i, (site, mask) in enumerate(chosen.items()):
+            auroc = rows(evidence, site, pools).double()
+            sides = [mask, auroc < 1 - low] if two_sided else [mask]
+            ginis = (2 * (auroc - 0.5)).clamp(min=0), (2 * (0.5 - auroc)).clamp(min=0)
+            found = [torch.where(side, g, 0.0) for side, g in zip(sides, ginis, strict=False)]
+            gain[i, :, : widths[i]] = torch.cat(found).float()
+        if granularity == "neuron":
+            gain = gain.amax(dim=1, keepdim=True)
+        kinds = tuple(dict.fromkeys(site.kind for site in chosen))
+        layers = tuple(sorted({site.layer for site in chosen}))
+        return cls(
+            sites=tuple(chosen),
+            widths=widths,
+            kinds=kinds,
+            layers=layers,
+            terms=(*map(str, pools), *(f"{pool} below" for pool in pools if two_sided)),
+            granularity=granularity,
+            pools=tuple(pools),
+            gain=gain,
+            kind=torch.tensor([kinds.index(site.kind) for site in chosen]),
+            layer=torch.tensor([layers.index(site.layer) for site in chosen]),
+            clamp=clamp,
+            evidence=evidence,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the strengths: (kind, layer, term), or (site, neuron) with padding."""
+        if self.granularity == "neuron":
+            return self.gain.shape[0], self.gain.shape[2]
+        return len(self.kinds), len(self.layers), len(self.terms)
+
+    @property
+    def n_strengths(self) -> int:
+        """How many strengths act on any neuron: the scalars that calibration learns."""
+        if self.granularity == "neuron":
+            return self.n_experts
+        used = torch.zeros(self.shape, dtype=torch.bool)
+        used[self.kind, self.layer] |= (self.gain > 0).any(dim=2)
+        return int(used.sum())
+
+    @property
+    def n_experts(self) -> int:
+        """How many neurons some evidence selects."""
+        return int((self.gain > 0).any(dim=1).sum())
+
+    def start(self, value: float | int) -> Float[Tensor, "*group"]:
+        """Strengths that are all `value`; 1 with one evidence is the plain Gini rule."""
+        return torch.full(self.shape, float(value))
+
+    def factors(self, strengths: Float[Tensor, "*group"]) -> dict[Site, Float[Tensor, " _neuron"]]:
+        """Return float32 factors per site on the strengths' device; gradients flow into the strengths.
+
+        Raises:
+            SafeglassesError: strengths of another shape.
+        """
+        if tuple(strengths.shape) != self.shape:
+            raise SafeglassesError(
+                "strengths of the wrong shape",
+                given=str(tuple(strengths.shape)),
+                expected=f"{self.shape}, for granularity {self.granularity}",
+            )
+        gain, kind, layer = self._on(strengths.device)
+        if self.granularity == "neuron":
+            alpha = 1 - strengths.to(gain.dtype) * gain[:, 0]
+        else:
+            weighed = strengths.to(gain.dtype)[kind, layer]  # site × term
+            alpha = 1 - torch.einsum("st,stn->sn", weighed, gain)
+        alpha = alpha.clamp(0, 1) if self.clamp else alpha
+        return {s: row[:w] for s, row, w in zip(self.sites, alpha.unbind(), self.widths, strict=True)}
+
+    def table(self, strengths: Float[Tensor, "*group"]) -> dict[str, Any]:
+        """Return the learned scalars with the names of their axes, JSON-ready; `strengths_from` reads it back.
+
+        Strengths per neuron are not listed: the factors in ``neurons.parquet`` say the same.
+        """
+        summary = {"granularity": self.granularity, "learned_scalars": self.n_strengths}
+        if self.granularity == "neuron":
+            return summary
+        return summary | {
+            "kinds": list(self.kinds),
+            "layers": list(self.layers),
+            "terms": list(self.terms),
+            "values": strengths.detach().cpu().tolist(),
+        }
+
+    def strengths_from(self, table: Mapping[str, Any]) -> Float[Tensor, "*group"]:
+        """Read what `table` wrote, in whatever order its axes are.
+
+        Raises:
+            SafeglassesError: a kind, layer or term of this rule is missing from the table.
+        """
+        axes = {"kinds": list(self.kinds), "layers": list(self.layers), "terms": list(self.terms)}
+        values = torch.tensor(table["values"], dtype=torch.float32)
+        for dim, (axis, names) in enumerate(axes.items()):
+            missing = [str(n) for n in names if n not in table[axis]]
+            if missing:
+                raise SafeglassesError(
+                    "strengths were learned for other evidence",
+                    given=f"{axis}: {', '.join(map(str, table[axis]))}",
+                    expected=f"{axis} that include {', '.join(missing)}",
+                )
+            values = values.index_select(dim, torch.tensor([table[axis].index(n) for n in names]))
+        return values
+
+    def glasses(
+        self,
+        strengths: Float[Tensor, "*group"],
+        *,
+        recipe: str = "sgm-calibrated",
+        notes: Mapping[str, Any] | None = None,
+    ) -> Glasses:
+        """Make glasses of these strengths.
+
+        Raises:
+            SafeglassesError: no neuron is changed.
+        """
+        glasses = Glasses(
+            factors={site: row.detach().cpu().clone() for site, row in self.factors(strengths).items()},
+            base_fingerprint=self.evidence.base_fingerprint,
+            recipe=recipe,
+            columns=table_columns(self.evidence, self.pools),
+            notes=notes if notes is not None else {"strengths": self.table(strengths)},
+        )
+        if glasses.n_neurons == 0:
+            raise SafeglassesError(
+                "these glasses change no neuron: wearing them would silently do nothing",
+                given=f"{self.n_experts} selected neurons, largest strength {strengths.max().item():.4g}",
+                do="lower the threshold, or start from larger strengths",
+            )
+        return glasses
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._copies:
+            self._copies[device] = (self.gain.to(device), self.kind.to(device), self.layer.to(device))
+        return self._copies[device]

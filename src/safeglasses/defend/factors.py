@@ -1,0 +1,49 @@
+"""Factors per site, and the few things done with them everywhere."""
+
+from collections.abc import Iterable, Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+
+from safeglasses.errors import SafeglassesError
+from safeglasses.model.sites import Site
+
+Factors = Mapping[Site, Float[Tensor, " _neuron"]]
+"""One vector per site; sites have different widths."""
+
+
+def in_order(sites: Iterable[Site]) -> list[Site]:
+    """Sort sites by layer, then by path and side: the order of every file."""
+    return sorted(sites, key=lambda site: (site.layer, site.path, site.side))
+
+
+def effective(factors: Factors, strength: float | int) -> dict[Site, Float[Tensor, " _neuron"]]:
+    """Return factors as they act at a strength λ: 1 − λ(1 − α), float32; λ = 1 gives the very same."""
+    if strength == 1:
+        return dict(factors)
+    return {site: (1 - strength * (1 - row.double())).float() for site, row in factors.items()}
+
+
+def changed(factors: Factors) -> dict[Site, Float[Tensor, " _neuron"]]:
+    """Leave out the sites where every factor is 1."""
+    return {site: row for site, row in factors.items() if bool((row != 1).any())}
+
+
+def count(factors: Factors) -> int:
+    """Count the neurons whose factor is not 1."""
+    return sum(int((row != 1).sum()) for row in factors.values())
+
+
+def check_factors(factors: Factors) -> None:
+    """Refuse factors that are no finite vectors.
+
+    Raises:
+        SafeglassesError: naming the site.
+    """
+    for site, row in factors.items():
+        infinite = int((~row.isfinite()).sum())
+        if row.ndim != 1 or not row.is_floating_point() or infinite:
+            raise SafeglassesError(
+                "factors must be finite numbers, one per neuron",
+                given=f"{site}: shape {tuple(row.shape)}, {row.dtype}, {infinite} not finite",
+            )

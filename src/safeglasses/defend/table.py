@@ -1,0 +1,132 @@
+"""``neurons.parquet``: one row per changed neuron, for people, pandas and SQL; what `load` believes.
+
+| column | type | meaning |
+|---|---|---|
+| `site` | string | address relative to the decoder, e.g. ``layers.12.mlp.down_proj:in`` |
+| `layer` | int32 | decoder layer, -1 outside any |
+| `kind` | string | the site without its layer, e.g. ``mlp.down_proj:in`` |
+| `index` | int32 | neuron within the site |
+| `factor` | float32 | what the neuron's value is multiplied by at strength 1 |
+| others | float32 | evidence: ``auroc <pool>``, ``held-out <pool>``, ``q <pool>``; see `COLUMNS` |
+
+Rows are in order of layer, site and index. The schema says what each column means, in the column's metadata.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safeglasses.defend.factors import Factors, in_order
+from safeglasses.errors import PartialMatch, SafeglassesError
+from safeglasses.files import atomic_write_bytes
+from safeglasses.model.sites import Site
+
+NEURONS = "neurons.parquet"
+COLUMNS = {
+    "site": "address relative to the decoder",
+    "layer": "decoder layer, -1 outside any",
+    "kind": "the site without its layer",
+    "index": "neuron within the site",
+    "factor": "what the neuron's value is multiplied by at strength 1",
+    "auroc": "area under the ROC curve of the pooled value against the label (toxic = 1)",
+    "held-out": "the same on held-out data",
+    "q": "smallest false discovery rate at which the neuron is selected (Benjamini-Hochberg)",
+}
+_FIXED = ("site", "layer", "kind", "index", "factor")
+
+
+def write_table(path: Path, factors: Factors, columns: Mapping[str, Factors]) -> int:
+    """Write the neurons whose factor is not 1 and return their number; same content, same bytes."""
+    sites = in_order(factors)
+    kept = {site: (factors[site] != 1).nonzero().flatten() for site in sites}
+    counts = [len(kept[site]) for site in sites]
+
+    def spread(values: list[Any], kind: pa.DataType) -> pa.Array:
+        encoded = pa.DictionaryArray.from_arrays(
+            pa.array(np.repeat(np.arange(len(sites), dtype=np.int32), counts)), pa.array(values, type=kind)
+        )
+        return encoded.cast(kind)
+
+    def joined(column: Factors) -> pa.Array:
+        rows = [column[s][kept[s]].float() if s in column else torch.full((len(kept[s]),), float("nan")) for s in sites]
+        return pa.array(torch.cat(rows).numpy() if rows else np.empty(0, np.float32), type=pa.float32())
+
+    index = torch.cat([kept[s] for s in sites]).to(torch.int32).numpy() if sites else np.empty(0, np.int32)
+    arrays = {
+        "site": spread([str(s) for s in sites], pa.string()),
+        "layer": spread([s.layer for s in sites], pa.int32()),
+        "kind": spread([s.kind for s in sites], pa.string()),
+        "index": pa.array(index, type=pa.int32()),
+        "factor": joined(factors),
+    }
+    arrays |= {name: joined(column) for name, column in columns.items()}
+    fields = [
+        pa.field(name, array.type, metadata={"doc": COLUMNS.get(name.partition(" ")[0], "evidence")})
+        for name, array in arrays.items()
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(list(arrays.values()), schema=pa.schema(fields)), sink, compression="zstd")
+    atomic_write_bytes(path, sink.getvalue().to_pybytes())
+    return int(sum(counts))
+
+
+def read_table(
+    path: Path, widths: Mapping[Site, int]
+) -> tuple[dict[Site, Float[Tensor, " _neuron"]], dict[str, dict[Site, Float[Tensor, " _neuron"]]]]:
+    """Read the factors (1 for neurons without a row) and the evidence columns (NaN for them).
+
+    Raises:
+        SafeglassesError: the file is no table of neurons.
+        PartialMatch: a site or an index that `widths` does not know, or a neuron with two rows.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise SafeglassesError("could not read the table of neurons", given=f"{path}: {error}") from error
+    lacking = [name for name in _FIXED if name not in table.column_names]
+    if lacking:
+        raise SafeglassesError(
+            "not a table of neurons",
+            given=f"{path} has no column {', '.join(lacking)}",
+            expected=", ".join(_FIXED),
+        )
+    encoded = table.column("site").combine_chunks().dictionary_encode()
+    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
+    index = torch.from_numpy(table.column("index").to_numpy().astype(np.int64))
+    values = {
+        name: torch.from_numpy(table.column(name).to_numpy().astype(np.float32))
+        for name in table.column_names
+        if name not in _FIXED[:4]
+    }
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    out: dict[str, dict[Site, Tensor]] = {name: {} for name in values}
+    for i, text in enumerate(names):
+        site, rows = Site.parse(text), torch.from_numpy(order[starts[i] : starts[i + 1]])
+        _check_rows(path, site, index[rows], widths)
+        for name, column in values.items():
+            row = torch.full((widths[site],), 1.0 if name == "factor" else float("nan"))
+            row[index[rows]] = column[rows]
+            out[name][site] = row
+    absent = [str(site) for site in widths if str(site) not in set(names)]
+    if absent:
+        raise PartialMatch("the table of neurons lacks sites", given=f"{path} without {', '.join(absent[:3])}")
+    return out.pop("factor"), out
+
+
+def _check_rows(path: Path, site: Site, index: Tensor, widths: Mapping[Site, int]) -> None:
+    if site not in widths:
+        raise PartialMatch("the table of neurons names a site that glasses.json does not", given=f"{site} in {path}")
+    if int(index.min()) < 0 or int(index.max()) >= widths[site] or len(index.unique()) != len(index):
+        raise PartialMatch(
+            "the table of neurons has an index twice or out of range",
+            given=f"{site} in {path}",
+            expected=f"indices from 0 to {widths[site] - 1}, each at most once",
+        )

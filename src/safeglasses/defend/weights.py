@@ -1,0 +1,97 @@
+"""Scale rows and columns of weights: the arithmetic of folding and what must hold before it."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from safeglasses.defend.factors import Factors, changed, in_order
+from safeglasses.defend.home import check_fit
+from safeglasses.errors import SafeglassesError
+from safeglasses.model.anatomy import Anatomy, module
+from safeglasses.model.sites import Site
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def scale_weights(model: nn.Module, anatomy: Anatomy, factors: Factors) -> None:
+    """Multiply factors into the weights, in place.
+
+    Output side: f ∘ (W x + b) = (f ∘ W) x + f ∘ b. Input side: W (f ∘ x) + b = (W ∘ f) x + b.
+    Each weight is multiplied in float32 (float64 stays float64) and rounded once, both sides of it included.
+
+    Raises:
+        PartialMatch: some site is missing or of another width.
+        SafeglassesError: a weight is quantised, shared, or not loaded. Nothing is changed in these cases.
+    """
+    check_fit(anatomy, factors)
+    acting = changed(factors)
+    paths = list(dict.fromkeys(site.path for site in in_order(acting)))
+    for path in paths:
+        _check_plain(anatomy.absolute_path(path), module(model, anatomy, path))
+    _check_untied(model, [anatomy.absolute_path(path) for path in paths])
+    with torch.no_grad():
+        for path in paths:
+            _scale(module(model, anatomy, path), acting.get(Site(path, "out")), acting.get(Site(path, "in")))
+
+
+def _scale(linear: nn.Module, out: Tensor | None, into: Tensor | None) -> None:
+    weight, bias = linear.get_parameter("weight"), dict(linear.named_parameters(recurse=False)).get("bias")
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    product = weight.to(kind)
+    rows_first = not isinstance(linear, Conv1D)  # Conv1D keeps (in, out)
+    if out is not None:
+        f = out.to(weight.device, kind)
+        product = product * (f[:, None] if rows_first else f[None, :])
+        if bias is not None:
+            bias.copy_((bias.to(kind) * f).to(bias.dtype))
+    if into is not None:
+        f = into.to(weight.device, kind)
+        product = product * (f[None, :] if rows_first else f[:, None])
+    weight.copy_(product.to(weight.dtype))
+
+
+def _check_plain(name: str, linear: nn.Module) -> None:
+    """Refuse weights whose numbers are not there to be multiplied."""
+    for leaf, parameter in linear.named_parameters(recurse=False):
+        if parameter.device.type == "meta":
+            raise SafeglassesError(
+                "a weight that is not loaded cannot be folded",
+                given=f"{name}.{leaf} on the meta device (offloaded to disk or CPU)",
+                expected="every decoder weight on a real device",
+                do="load the model without offloading: device_map=None or more memory",
+            )
+        plain = type(parameter) in (nn.Parameter, Tensor) and type(parameter.data) is Tensor
+        if not plain or parameter.dtype not in PLAIN:
+            raise SafeglassesError(
+                "a quantised or sharded weight cannot be folded",
+                given=f"{name}.{leaf}: {type(parameter).__name__} of {parameter.dtype}",
+                expected="plain tensors of " + ", ".join(str(d).removeprefix("torch.") for d in PLAIN),
+                do="load the model unquantised (dtype=bfloat16), fold, then quantise the result; "
+                "or keep the adapter folder and wear it through PEFT",
+            )
+
+
+def _check_untied(model: nn.Module, names: list[str]) -> None:
+    """Refuse weights whose memory another parameter or buffer uses as well: scaling one would scale both."""
+    wanted = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
+    spans = []
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        if tensor.device.type != "meta" and tensor.numel() and type(tensor.data) is Tensor:
+            start = tensor.data_ptr()
+            extent = sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            spans.append((str(tensor.device), start, start + extent * tensor.element_size(), name))
+    spans.sort()
+    furthest: tuple[str, int, int, str] | None = None
+    for span in spans:
+        if furthest is not None and furthest[0] == span[0] and span[1] < furthest[2]:
+            pair = sorted((furthest[3], span[3]), key=lambda name: name not in wanted)
+            if pair[0] in wanted:
+                raise SafeglassesError(
+                    "a weight shared with another module cannot be folded: both would change",
+                    given=f"{pair[0]} shares its memory with {pair[1]}",
+                    expected="weights of their own for all maps that the glasses scale",
+                    do="keep the adapter folder and wear it through PEFT, which scales activations",
+                )
+        if furthest is None or furthest[0] != span[0] or span[2] > furthest[2]:
+            furthest = span
