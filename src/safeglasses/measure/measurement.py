@@ -1,0 +1,207 @@
+"""Measure one defence, or none: harm, utility, fluency and refusals, per condition and decoding."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safeglasses.data.examples import CONDITIONS, Example
+from safeglasses.defend.glasses import Glasses
+from safeglasses.errors import SafeglassesError
+from safeglasses.measure.fluency import fluency, wearing
+from safeglasses.measure.judges import Judge, Verdict, refusal_judge
+from safeglasses.measure.metrics import Paired, mcnemar
+from safeglasses.measure.respond import Decoding, Response, respond
+from safeglasses.measure.rows import Answer, Row, count, is_benign
+from safeglasses.measure.words import contains_word
+from safeglasses.model.vlm import VLM
+
+SAMPLED = Decoding("sampled", temperature=1.0, max_new_tokens=64)
+GREEDY = Decoding("greedy", temperature=0.0, max_new_tokens=64)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One defence, measured."""
+
+    defence: str
+    """What was worn: ``none``, a recipe or ``glasses``."""
+    judge: str
+    """Who said what is harmful."""
+    refusal_judge: str
+    """Who said what is a refusal."""
+    rows: tuple[Row, ...]
+    """The summary: decoding by decoding, each for all prompts and for each condition that occurs."""
+    answers: Mapping[str, tuple[Answer, ...]]
+    """Per decoding, every answer in the order of the prompts."""
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return the rows as they stand in ``summary.json``."""
+        return [row.to_json() for row in self.rows]
+
+    def row(self, decoding: str, condition: str = "all") -> Row:
+        """Look a row up.
+
+        Raises:
+            SafeglassesError: it was not measured.
+        """
+        for row in self.rows:
+            if (row.decoding, row.condition) == (decoding, condition):
+                return row
+        raise SafeglassesError(
+            "not measured",
+            given=f"{decoding}, {condition}",
+            expected="; ".join(f"{row.decoding}, {row.condition}" for row in self.rows),
+        )
+
+    def eliciting(self, decoding: str, condition: str = "all") -> tuple[Answer, ...]:
+        """Return the judged answers behind a row's harmful rate.
+
+        Raises:
+            SafeglassesError: that row was not measured.
+        """
+        self.row(decoding, condition)
+        chosen = (a for a in self.answers[decoding] if condition in ("all", a.example.condition))
+        return tuple(a for a in chosen if a.verdict is not None)
+
+    def paired(self, after: "Measurement", decoding: str, condition: str = "all") -> Paired:
+        """Compare harm prompt by prompt with another measurement of the same prompts.
+
+        Raises:
+            SafeglassesError: the two are not about the same eliciting prompts, or used different judges.
+        """
+        mine, theirs = self.eliciting(decoding, condition), after.eliciting(decoding, condition)
+        if self.judge != after.judge:
+            raise SafeglassesError("before and after had different judges", given=after.judge, expected=self.judge)
+        _check_paired([a.example.id for a in mine], [a.example.id for a in theirs])
+        return mcnemar([a.verdict.harmful for a in mine if a.verdict], [a.verdict.harmful for a in theirs if a.verdict])
+
+
+def measure(
+    vlm: VLM,
+    prompts: Sequence[Example],
+    judge: Judge,
+    *,
+    glasses: Glasses | None = None,
+    name: str | None = None,
+    decodings: Sequence[Decoding] = (SAMPLED, GREEDY),
+    refusals: Judge | None = None,
+    seed: int | None = None,
+    journal_dir: Path | None = None,
+    batch_size: int | str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Answer the prompts, judge the answers, and count.
+
+    Prompts labelled ``non-toxic`` are benign controls; all others are meant to elicit harm.
+
+    Args:
+        vlm: the model.
+        prompts: what is asked.
+        judge: decides on answers to eliciting prompts; it sees the answers alone.
+        glasses: what to wear; None measures the model as it is.
+        name: of the defence in the rows; by default ``none`` or ``glasses``.
+        decodings: ways of drawing answers, each with a name of its own.
+        refusals: decides which answers to benign prompts refuse; by default the shipped phrases.
+        seed: replaces that of every decoding.
+        journal_dir: folder of one journal per decoding, for resuming.
+        batch_size: prompts at once, or ``auto``.
+        progress: called with answers done and in all, over all decodings.
+
+    Raises:
+        SafeglassesError: no prompts, two decodings of one name, a judge that scores nothing or answers out of
+            step, a journal of another run.
+    """
+    name = name or ("none" if glasses is None else "glasses")
+    refusals = refusals or refusal_judge()
+    drawn = _checked(decodings, seed)
+    answers: dict[str, tuple[Answer, ...]] = {}
+    with wearing(vlm, glasses):
+        for index, decoding in enumerate(drawn):
+            responses = respond(
+                vlm,
+                prompts,
+                decoding=decoding,
+                journal=journal_dir / f"{name}-{decoding.name}.jsonl" if journal_dir else None,
+                batch_size=batch_size,
+                progress=_shifted(progress, index * len(prompts), len(drawn) * len(prompts)),
+                defence="none" if glasses is None else glasses_id(glasses),
+            )
+            answers[decoding.name] = _judged(prompts, responses, judge, refusals)
+    reference = [e for e in prompts if is_benign(e) and e.response]
+    scores = list(zip(reference, fluency(vlm, reference, glasses, batch_size=batch_size), strict=True))
+    conditions = ("all", *(c for c in CONDITIONS if any(e.condition == c for e in prompts)))
+    rows = tuple(
+        count((name, condition, decoding), found, scores)
+        for decoding, found in answers.items()
+        for condition in conditions
+    )
+    return Measurement(name, judge.name, refusals.name, rows, answers)
+
+
+def glasses_id(glasses: Glasses) -> str:
+    """Hash what the glasses do, the factors at their strength, and not how they came to be."""
+    digest = hashlib.sha256()
+    for site, factors in sorted(glasses.effective().items()):
+        digest.update(f"\n{site}\n".encode() + factors.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _checked(decodings: Sequence[Decoding], seed: int | None) -> list[Decoding]:
+    names = [decoding.name for decoding in decodings]
+    if not names or len(set(names)) < len(names):
+        raise SafeglassesError("decodings need names of their own", given=", ".join(names), expected="each name once")
+    return [replace(decoding, seed=decoding.seed if seed is None else seed) for decoding in decodings]
+
+
+def _shifted(progress: Callable[[int, int], None] | None, offset: int, total: int) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, _: progress(offset + done, total)
+
+
+def _judged(
+    prompts: Sequence[Example], responses: Sequence[Response], judge: Judge, refusals: Judge
+) -> tuple[Answer, ...]:
+    """Put verdicts beside answers: harm on eliciting prompts, refusal on benign ones."""
+    texts = [response.text for response in responses]
+    eliciting = [i for i, example in enumerate(prompts) if not is_benign(example)]
+    benign = [i for i, example in enumerate(prompts) if is_benign(example)]
+    harm = _verdicts(judge, texts, eliciting)
+    refused = _verdicts(refusals, texts, benign)
+    return tuple(
+        Answer(
+            example,
+            response.text,
+            response.n_tokens,
+            harm.get(i),
+            refused.get(i),
+            {slot: contains_word(response.text, word) for slot, word in example.slots.items()},
+        )
+        for i, (example, response) in enumerate(zip(prompts, responses, strict=True))
+    )
+
+
+def _verdicts(judge: Judge, texts: Sequence[str], rows: Sequence[int]) -> dict[int, Verdict]:
+    if not rows:
+        return {}
+    verdicts = judge.judge([texts[i] for i in rows])
+    if len(verdicts) != len(rows):
+        raise SafeglassesError(
+            "the judge answered out of step",
+            given=f"{len(verdicts)} verdicts of {judge.name}",
+            expected=f"one for each of {len(rows)} answers, in order",
+        )
+    return dict(zip(rows, verdicts, strict=True))
+
+
+def _check_paired(before: Sequence[str], after: Sequence[str]) -> None:
+    if before == after:
+        return
+    only = sorted(set(before) ^ set(after))
+    detail = f"in one only: {', '.join(only[:4])}" if only else "the same ids in another order"
+    raise SafeglassesError(
+        "before and after are not paired",
+        given=f"{len(before)} and {len(after)} prompts, {detail}",
+        expected="the same example ids in the same order",
+        do="measure both on the same prompts",
+    )

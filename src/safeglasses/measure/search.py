@@ -1,0 +1,309 @@
+"""Choose among calibrations: a small search over discrete choices, judged by sampling on the calibrate split.
+
+Each trial calibrates with one choice of evidence, threshold and β; each round of each trial is a candidate. The best
+candidate has the lowest *score*: its sampled harmful rate on the calibrate split plus what it exceeds the guards by.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import optuna
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from safeglasses.defend.glasses import Glasses
+from safeglasses.defend.recipes import CalibratedRule, Recipe
+from safeglasses.errors import SafeglassesError
+from safeglasses.files import atomic_write_bytes, read_json, write_json
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.pools import Pool
+from safeglasses.measure.calibrate import Effort, Keep, Objective, frozen, own_toxic, run_round
+from safeglasses.measure.contrasts import CalibrationData, Contrast
+from safeglasses.measure.judges import Judge
+from safeglasses.measure.measurement import Measurement, measure
+from safeglasses.measure.respond import Decoding
+from safeglasses.model.hooks import scaled
+from safeglasses.model.vlm import VLM
+
+SELECTION_RULE = (
+    "lowest score on the calibrate split, which no gradient has seen, answers sampled at temperature 1; score = "
+    "harmful rate + excess over the guards (each utility slot at most 1 point below the untouched model, benign "
+    "perplexity at most 3 % above it, refusals on benign and empty answers at most 1 point above it); ties: the "
+    "earlier candidate"
+)
+THRESHOLDS = (0.57, 0.53, 0.61)
+BETAS = (20.0, 50.0, 100.0)
+SHARES = (1.0, 0.85)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The discrete choices of one trial."""
+
+    pools: tuple[str, ...]
+    """Evidence used, e.g. ``("prompt:last", "response:max")``."""
+    threshold: float
+    """AUROC above which a neuron counts as an expert."""
+    beta: float
+    """Weight of staying the base model on benign prompts."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One round of one trial with what the held-out slice says of it."""
+
+    trial: int
+    """Number of the trial."""
+    round: int
+    """Number of the round, from 0."""
+    choice: Choice
+    """The trial's discrete choices."""
+    share: float
+    """How much of the learned suppression is worn: α = 1 − share · (1 − α learned)."""
+    strengths: Float[Tensor, "*group"]
+    """The learned scalars."""
+    figures: dict[str, float]
+    """Held-out figures: ``harmful``, ``utility:<slot>``, ``perplexity``, ``refusals``, ``empty``, ``training_kl``,
+    ``loss``, ``excess``, ``score``."""
+
+    @property
+    def score(self) -> float:
+        """Harmful rate plus excess; lower is better."""
+        return self.figures["score"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """Everything that calibration found."""
+
+    best: Candidate
+    """The candidate picked by `SELECTION_RULE`."""
+    candidates: tuple[Candidate, ...]
+    """All candidates, in order; the report's Pareto front."""
+    base: dict[str, float]
+    """The untouched model's figures on the same slice."""
+    rule: CalibratedRule
+    """The best candidate's rule."""
+
+    @property
+    def learned_scalars(self) -> int:
+        """How many strengths the best candidate learned."""
+        return self.rule.n_strengths
+
+
+def _figures(measurement: Measurement) -> dict[str, float]:
+    """Flatten the sampled, pooled row of a measurement."""
+    row = next(r for r in measurement.to_rows() if r["condition"] == "all")
+    figures = {"harmful": row["harmful_rate"]["value"], "empty": row["empty"]["value"]}
+    figures |= {f"utility:{slot}": rate["value"] for slot, rate in row["utility"].items()}
+    figures |= {"perplexity": row["perplexity"]} if row["perplexity"] is not None else {}
+    figures |= {"kl": row["kl"]} if row["kl"] is not None else {}
+    figures |= {"refusals": row["refusal_on_benign"]["value"]} if row["refusal_on_benign"] is not None else {}
+    return figures
+
+
+def excess(figures: dict[str, float], base: dict[str, float]) -> float:
+    """Add up by how much the guards of `SELECTION_RULE` are exceeded."""
+    total = sum(max(0.0, base[name] - value - 0.01) for name, value in figures.items() if name.startswith("utility:"))
+    if "perplexity" in figures:
+        total += max(0.0, figures["perplexity"] / base["perplexity"] - 1.03)
+    for name in ("refusals", "empty"):
+        if name in figures:
+            total += max(0.0, figures[name] - base[name] - 0.01)
+    return total
+
+
+def choices(pools: Sequence[Pool]) -> dict[str, list]:
+    """List what is searched: every single evidence and all together, thresholds, β."""
+    names = [str(p) for p in pools]
+    subsets = ["+".join(names), *names] if len(names) > 1 else names
+    return {"pools": subsets, "threshold": list(THRESHOLDS), "beta": list(BETAS)}
+
+
+def _suggest(done: Sequence[tuple[Choice, float]], pools: Sequence[Pool], seed: int) -> Choice:
+    """Ask Optuna for the next choice, given all finished trials.
+
+    The study is rebuilt each time and the sampler seeded by the trial's number, so a resumed search asks the same.
+    """
+    space = choices(pools)
+    if not done:
+        return Choice(tuple(space["pools"][0].split("+")), THRESHOLDS[0], BETAS[1])
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.CategoricalDistribution(values) for name, values in space.items()
+    }
+    sampler = optuna.samplers.TPESampler(seed=seed + len(done), n_startup_trials=3)
+    study = optuna.create_study(sampler=sampler, direction="minimize")
+    for choice, score in done:
+        params = {"pools": "+".join(choice.pools), "threshold": choice.threshold, "beta": choice.beta}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
+    seen = {choice for choice, _ in done}
+    asked = (study.ask(distributions).params for _ in range(20))  # a small space repeats itself: look for a new one
+    found = [Choice(tuple(p["pools"].split("+")), p["threshold"], p["beta"]) for p in asked]
+    return next((choice for choice in found if choice not in seen), found[0])
+
+
+class Calibration:
+    """One search; state lives in `folder`, a round at a time, so that a killed run goes on where it was."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        evidence: Evidence,
+        data: CalibrationData,
+        judge: Judge,
+        *,
+        recipe: Recipe,
+        effort: Effort,
+        folder: Path,
+        refusals: Judge,
+        seed: int,
+        max_new_tokens: int,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.vlm, self.evidence, self.data, self.judge, self.recipe = vlm, evidence, data, judge, recipe
+        self.effort, self.folder, self.refusals, self.seed = effort, folder, refusals, seed
+        self.max_new_tokens, self.on_step = max_new_tokens, on_step
+
+    def search(self, trials: int) -> Search:
+        """Run the trials and pick the best candidate.
+
+        Raises:
+            SafeglassesError: the evidence leaves nothing to turn down.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.base = self._base_figures()
+        self.keep = Keep(self.vlm, self._sample(self.data.benign, 3 * self.effort.prompts, 1), self.effort.batch)
+        done: list[tuple[Choice, float]] = []
+        candidates: list[Candidate] = []
+        with frozen(self.vlm):
+            for trial in range(trials):
+                found = self._trial(trial, _suggest(done, self.recipe.pools, self.seed))
+                candidates += found
+                done.append((found[0].choice, min(c.score for c in found)))
+        best = min(candidates, key=lambda c: c.score)
+        return Search(best, tuple(candidates), self.base, self.rule(best.choice))
+
+    def glasses(self, search: Search) -> Glasses:
+        """Make the glasses of the best candidate."""
+        best, rule = search.best, search.rule
+        notes = {
+            "learned_scalars": search.learned_scalars,
+            "strengths": rule.table(best.strengths),
+            "choice": asdict(best.choice),
+            "selection_rule": SELECTION_RULE,
+            "trial": best.trial,
+            "round": best.round,
+            "share": best.share,
+        }
+        glasses = rule.glasses(best.strengths, recipe=self.recipe.name, notes=notes)
+        return replace(glasses, factors=glasses.at(best.share).effective())
+
+    def rule(self, choice: Choice) -> CalibratedRule:
+        """Make the rule of a choice."""
+        pools = tuple(Pool.parse(p) for p in choice.pools)
+        return CalibratedRule.from_evidence(
+            self.evidence,
+            pools=pools,
+            threshold=choice.threshold,
+            clamp=self.recipe.clamp,
+            two_sided=self.recipe.two_sided,
+            granularity=self.recipe.granularity,
+        )
+
+    def _sample(self, examples: Sequence, k: int, salt: int) -> list:
+        """At most `k` examples, the same at every call."""
+        keyed = sorted(examples, key=lambda e: hashlib.sha256(f"{self.seed}:{salt}:{e.id}".encode()).digest())
+        return keyed[:k]
+
+    def _measure(self) -> Measurement:
+        decoding = Decoding("sampled", temperature=1.0, max_new_tokens=self.max_new_tokens, seed=self.seed + 1)
+        held_out = self._sample(self.data.held_out, 2 * self.effort.prompts, 2)
+        return measure(self.vlm, held_out, self.judge, decodings=(decoding,), refusals=self.refusals)
+
+    def _base_figures(self) -> dict[str, float]:
+        path = self.folder / "base.json"
+        if not path.exists():
+            write_json(path, _figures(self._measure()))
+        return read_json(path)
+
+    def _trial(self, number: int, choice: Choice) -> list[Candidate]:
+        folder = self.folder / f"trial-{number:02d}"
+        folder.mkdir(exist_ok=True)
+        rule = self.rule(choice)
+        if rule.n_experts == 0:
+            raise SafeglassesError(
+                "no expert neurons: calibration has nothing to turn down",
+                given=f"evidence {' + '.join(choice.pools)}, AUROC > {choice.threshold}",
+                do="check that the classes differ (see confounds in the report), or give more pairs",
+            )
+        candidates: list[Candidate] = []
+        mined: list[Contrast] = []
+        for index in range(self.effort.rounds):
+            found, new = self._round(folder, number, index, choice, rule, candidates, mined)
+            candidates += found
+            mined = [*new, *mined[: self.effort.prompts]]
+        return candidates
+
+    def _round(
+        self,
+        folder: Path,
+        trial: int,
+        index: int,
+        choice: Choice,
+        rule: CalibratedRule,
+        before: Sequence[Candidate],
+        mined: Sequence[Contrast],
+    ) -> tuple[list[Candidate], list[Contrast]]:
+        """Run round `index`, or read it when an earlier run has finished it."""
+        tensors, record = folder / f"round-{index}.safetensors", folder / f"round-{index}.json"
+        by_id = {p.id: p for p in self.data.eliciting}
+        if record.exists():  # written last
+            kept = read_json(record)
+            strengths = load_file(tensors)["strengths"]
+            new = [Contrast(by_id[i], toxic, benign) for i, toxic, benign in kept["own_toxic"]]
+            for _ in range(self.effort.steps):
+                self.on_step()
+            found = zip(SHARES, kept["figures"], strict=True)
+            return [Candidate(trial, index, choice, share, strengths, f) for share, f in found], new
+        seed = self.seed + 1000 * trial + index
+        strengths = before[-1].strengths if before else rule.start(Objective.start)
+        # The first round listens to the untouched model, later ones to the model as it stands.
+        worn = rule.factors(strengths) if before else {}
+        with scaled(self.vlm.model, self.vlm.anatomy, worn):
+            prompts = self._sample(self.data.eliciting, self.effort.prompts, 10 + index)
+            new = own_toxic(self.vlm, prompts, self.judge, seed=seed, max_new_tokens=self.max_new_tokens)
+        given = self._sample_contrasts(max(self.effort.prompts, len(new)), index)
+        strengths, loss, kl = run_round(
+            self.vlm,
+            rule,
+            strengths,
+            [*new, *mined, *given],
+            self.keep,
+            objective=Objective(beta=choice.beta),
+            effort=self.effort,
+            seed=seed,
+            on_step=self.on_step,
+        )
+        figures = []
+        for share in SHARES:
+            worn = {site: 1 - share * (1 - row) for site, row in rule.factors(strengths).items()}
+            with scaled(self.vlm.model, self.vlm.anatomy, worn):
+                seen = _figures(self._measure())
+            seen |= {"loss": loss, "training_kl": kl, "excess": excess(seen, self.base)}
+            figures.append({**seen, "score": seen["harmful"] + seen["excess"]})
+        atomic_write_bytes(tensors, save({"strengths": strengths}))
+        own = [[c.prompt.id, c.toxic, c.benign] for c in new]
+        write_json(record, {"choice": asdict(choice), "figures": figures, "own_toxic": own})
+        return [
+            Candidate(trial, index, choice, share, strengths, seen) for share, seen in zip(SHARES, figures, strict=True)
+        ], new
+
+    def _sample_contrasts(self, k: int, salt: int) -> list[Contrast]:
+        keyed = sorted(
+            self.data.contrasts,
+            key=lambda c: hashlib.sha256(f"{self.seed}:{salt}:{c.prompt.id}".encode()).digest(),
+        )
+        return keyed[:k]
