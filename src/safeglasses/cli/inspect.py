@@ -1,0 +1,99 @@
+"""``safeglasses inspect``: what is there before anything is done to it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safeglasses.cli import options
+from safeglasses.cli.outcome import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from safeglasses.data.examples import Examples
+
+
+def inspect(
+    model: options.Model,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Check these examples against the model too.", show_default=False)
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    skip_bad: options.SkipBad = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> Outcome:
+    """Show MODEL's neurons; check pairs before long work."""
+    from safeglasses.cli.progress import calm_libraries, shown
+    from safeglasses.data.examples import check_pairs, read_examples
+    from safeglasses.model.vlm import load
+
+    calm_libraries()
+    with shown() as progress:
+        with progress.stage("load the model"):
+            vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
+        record: dict[str, Any] = {
+            "model": vlm.source,
+            "revision": vlm.revision,
+            "base_fingerprint": vlm.fingerprint(),
+            "multimodal": vlm.is_multimodal,
+            "dtype": str(vlm.dtype).removeprefix("torch."),
+            "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
+            "context_length": vlm.context_length,
+            "addresses": f"{vlm.anatomy.layers_path}.LAYER.KIND:out#INDEX",
+            "anatomy": vlm.anatomy.table(),
+        }
+        if pairs is not None:
+            with progress.stage("check the pairs"):
+                examples = read_examples(pairs, skip_bad=skip_bad)
+                check_pairs(examples, vlm)
+            record["pairs"] = _census(examples)
+    return Outcome(record, lambda console: _render(console, record))
+
+
+def _census(examples: "Examples") -> dict[str, Any]:
+    counts = Counter((row.split, row.label or "unlabelled") for row in examples)
+    splits: dict[str, dict[str, int]] = {}
+    for (split, label), n in sorted(counts.items()):
+        splits.setdefault(split, {})[label] = n
+    return {"rows": len(examples), "skipped": list(examples.skipped), "splits": splits}
+
+
+def _render(console: "Console", record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    anatomy = record["anatomy"]
+    facts = Table.grid(padding=(0, 2))
+    for name in ("model", "base_fingerprint", "multimodal", "dtype", "parameters", "context_length"):
+        value = record[name]
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        facts.add_row(name.replace("_", " "), text)
+    facts.add_row("decoder", f"{anatomy['decoder'] or 'the model itself'}, {anatomy['layers']} layers")
+    for name, n in anatomy["neurons"].items():
+        facts.add_row({"linears": "linear outputs", "mlp": "MLP outputs", "ffn": "FFN neurons"}[name], f"{n:,}")
+    console.print(facts)
+    table = Table(title="linear maps of the decoder", title_justify="left")
+    table.add_column("kind")
+    for name in ("layers", "in", "out"):
+        table.add_column(name, justify="right")
+    table.add_column("MLP")
+    for row in anatomy["linears"]:
+        table.add_row(row["kind"], *(f"{row[name]:,}" for name in ("layers", "in", "out")), "yes" if row["mlp"] else "")
+    console.print(table)
+    console.print(f"addresses of their outputs: {record['addresses']}", markup=False)
+    if anatomy["ffn_reason"]:
+        console.print(f"no feed-forward neurons: {anatomy['ffn_reason']}", markup=False)
+    if "pairs" in record:
+        _render_pairs(console, record["pairs"])
+
+
+def _render_pairs(console: "Console", census: dict[str, Any]) -> None:
+    console.print(f"pairs: {census['rows']:,} usable rows, {len(census['skipped'])} skipped", markup=False)
+    for split, labels in census["splits"].items():
+        console.print(f"  {split}: " + ", ".join(f"{n:,} {label}" for label, n in labels.items()), markup=False)
+    for line in census["skipped"]:
+        console.print(f"  skipped: {line}", markup=False)

@@ -1,0 +1,65 @@
+"""Options that several verbs share, so that they read and behave alike."""
+
+from typing import Annotated
+
+import typer
+
+from safeglasses.errors import SafeglassesError
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Time for calibration, e.g. 90s, 5m, 2h.", show_default="a middling effort")
+]
+Limit = Annotated[int | None, typer.Option(help="Use at most N examples per split: a quick look.", show_default="all")]
+BatchSize = Annotated[str, typer.Option(help="Rows per forward pass: auto, or a count; halved when memory runs out.")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Where the weights go: auto, cpu, cuda, cuda:1 …", show_default="one device"),
+]
+Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.", show_default="the newest")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip rows that cannot be used, and count them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at the output.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress and logs on stderr.")]
+Judge = Annotated[
+    str | None,
+    typer.Option(help="Who judges answers: lexicon:WORDS.txt or classifier:ID?label=toxic.", show_default=False),
+]
+Refusals = Annotated[
+    str | None,
+    typer.Option(help="lexicon:FILE of refusal phrases.", show_default="the shipped multilingual list"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Debug logs, and tracebacks with errors.")]
+Strength = Annotated[
+    float | None,
+    typer.Option(help="0 = as without glasses, 1 = as fitted.", show_default="as the glasses were saved"),
+]
+
+
+def batch_size(text: str) -> int | str:
+    """Read ``auto`` or a positive count.
+
+    Raises:
+        SafeglassesError: the text is neither.
+    """
+    if text == "auto":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise SafeglassesError("not a batch size", given=f"--batch-size {text}", expected="auto, or a count such as 8")
+
+
+def need_judge(spec: str | None) -> str:
+    """Return the judge that was named.
+
+    Raises:
+        SafeglassesError: none was.
+    """
+    if spec is None:
+        raise SafeglassesError(
+            "no judge",
+            expected="--judge lexicon:FILE (a word a line) or --judge classifier:ID (a text classifier)",
+            do="name one; the answers must be judged by something that you trust",
+        )
+    return spec

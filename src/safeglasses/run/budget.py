@@ -1,0 +1,88 @@
+"""Turn a time budget into counts, once: counts make a rerun give the same glasses, seconds would not."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from safeglasses.data.examples import Example
+from safeglasses.errors import SafeglassesError
+from safeglasses.measure.calibrate import Effort
+from safeglasses.measure.likelihood import force
+from safeglasses.measure.respond import Decoding, respond
+from safeglasses.measure.search import SHARES
+from safeglasses.model.vlm import VLM
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much calibration a run does."""
+
+    trials: int = 1
+    """Discrete choices tried: the first is the default one."""
+    effort: Effort = field(default_factory=Effort)
+    """Work per trial."""
+
+
+# From the least that calibrates at all to what a patient user may want; each step is dearer than the one before.
+LADDER = (
+    Plan(1, Effort(1, 15, 64, 16)),
+    Plan(1, Effort(2, 20, 128, 24)),
+    Plan(1, Effort(3, 30, 192, 24)),
+    Plan(1, Effort(3, 40, 256, 24)),
+    Plan(),
+    Plan(2, Effort(4, 50, 256, 24)),
+    Plan(4, Effort(4, 60, 384, 32)),
+    Plan(8, Effort(4, 60, 384, 32)),
+    Plan(16, Effort(5, 80, 512, 32)),
+)
+
+
+def parse_budget(text: str) -> float:
+    """Read ``90s``, ``5m`` or ``2h`` as seconds.
+
+    Raises:
+        SafeglassesError: the text is no duration.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise SafeglassesError("not a time budget", given=repr(text), expected="a duration such as 90s, 5m or 2h")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def plan_for(vlm: VLM, examples: Sequence[Example], *, seconds: float, max_new_tokens: int) -> Plan:
+    """Measure one step and one batch of answers, and take the largest plan that fits the budget."""
+    sample = list(examples)[:16]
+    step = _seconds_per_row(vlm, sample)
+    start = time.perf_counter()
+    respond(vlm, sample, decoding=Decoding("sampled", 1.0, max_new_tokens, 0))
+    answer = (time.perf_counter() - start) / len(sample)
+    return max((p for p in LADDER if cost(p, step, answer) <= seconds), key=LADDER.index, default=LADDER[0])
+
+
+def cost(plan: Plan, step: float, answer: float) -> float:
+    """Estimate a plan's seconds from those of one teacher-forced row (with gradient) and one sampled answer.
+
+    A step runs a toxic and a benign row per contrast and a row per benign prompt. A round samples its prompts, then
+    measures the held-out slice, at most twice as many answers, for every share.
+    """
+    e = plan.effort
+    return plan.trials * e.rounds * (3 * e.steps * e.batch * step + (1 + 2 * len(SHARES)) * e.prompts * answer)
+
+
+def _seconds_per_row(vlm: VLM, sample: Sequence[Example]) -> float:
+    batch = vlm.encode([e.chat() for e in sample if e.n_images == sample[0].n_images]).to(vlm.device)
+    embedding = vlm.model.get_input_embeddings()
+    parameters = list(embedding.parameters())
+    best = float("inf")
+    for _ in range(2):  # the first call warms caches up
+        start = time.perf_counter()
+        with torch.enable_grad():
+            loss = force(vlm, batch).totals.sum()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        best = min(best, time.perf_counter() - start)
+    return best / len(batch.prompt_length)

@@ -1,0 +1,399 @@
+"""The main job: examples → evidence → glasses → proof, each stage with a file behind it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safeglasses.data.checks import check_pairs
+from safeglasses.data.examples import Example, Examples, prompts_of, read_examples
+from safeglasses.defend.glasses import Glasses
+from safeglasses.defend.recipes import RECIPES, Recipe, apply
+from safeglasses.errors import SafeglassesError
+from safeglasses.files import atomic_write_text, read_json, sha256_file, write_json
+from safeglasses.find.evidence import Evidence, measure_evidence
+from safeglasses.measure.calibrate import Effort
+from safeglasses.measure.contrasts import calibration_data
+from safeglasses.measure.judges import Judge, judge_from, refusal_judge
+from safeglasses.measure.measurement import Measurement, measure
+from safeglasses.measure.respond import Decoding
+from safeglasses.measure.search import Calibration, Search
+from safeglasses.model.vlm import VLM, load
+from safeglasses.progress import Progress, Quiet
+from safeglasses.report.html import write_report
+from safeglasses.report.stored import store
+from safeglasses.report.summary import build_summary
+from safeglasses.run.budget import Plan, parse_budget, plan_for
+from safeglasses.run.folder import RunFolder
+from safeglasses.run.proof import experts, hashes, report_data
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` gives back."""
+
+    glasses: Glasses
+    """The glasses that were fitted, as saved in ``folder/glasses``."""
+    summary: dict[str, Any]
+    """The content of ``folder/summary.json``."""
+    folder: Path
+    """The run folder."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The user's data, read and checked."""
+
+    pairs: Examples
+    """Toxic and non-toxic examples with responses."""
+    prompts: Examples
+    """Prompts to answer; made from the pairs when none were given."""
+    judge: Judge
+    """Decides which responses are harmful."""
+    refusals: Judge
+    """Decides which responses are refusals."""
+    max_new_tokens: int
+    """Longest answer that is generated."""
+
+    @property
+    def skipped(self) -> int:
+        """How many bad rows were skipped."""
+        return len(self.pairs.skipped) + (len(self.prompts.skipped) if self.prompts is not self.pairs else 0)
+
+
+def fit(
+    model: str | Path,
+    pairs: str | Path,
+    prompts: str | Path | None = None,
+    judge: str | None = None,
+    recipe: str | Path | Recipe = "sgm-calibrated",
+    out: str | Path | None = None,
+    budget: str | None = None,
+    *,
+    refusals: str | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+    dtype: str = "auto",
+    device_map: str | None = None,
+    revision: str | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Fit safety glasses to a model and prove what they do.
+
+    Args:
+        model: checkpoint folder or hub id.
+        pairs: toxic and non-toxic image-text pairs (JSONL, Parquet or a folder; ``docs/data.md``).
+        prompts: prompts to measure and calibrate on; without, the distinct prompts of the pairs.
+        judge: ``lexicon:FILE`` or ``classifier:ID``.
+        recipe: a name (`safeglasses.Recipe` lists them), a TOML file, or a recipe.
+        out: run folder; a folder with the same inputs is resumed.
+        budget: time for calibration, e.g. ``90s``; turned into counts once and kept with the run.
+        refusals: ``lexicon:FILE`` of refusal phrases; without, the shipped multilingual list.
+        seed: of sampling, search and calibration.
+        limit: at most so many examples per split, for a quick look.
+        batch_size: rows per forward pass, or ``auto``.
+        dtype: ``auto`` or a torch dtype's name.
+        device_map: as in transformers.
+        revision: of a hub model.
+        skip_bad: skip unreadable rows and count them, instead of failing.
+        overwrite: delete another run in `out`.
+        progress: where progress is shown.
+
+    Raises:
+        SafeglassesError: bad input; always before long work.
+    """
+    show = progress or Quiet()
+    chosen = _recipe(recipe)
+    size = _batch_size(batch_size)
+    if budget is not None:
+        parse_budget(budget)
+    path = Path(out) if out is not None else Path(f"safeglasses-{Path(str(model)).name}")
+    inputs = {
+        "model": str(model),
+        "revision": revision,
+        "pairs": _hash(pairs),
+        "prompts": _hash(prompts) if prompts is not None else None,
+        "judge": _judge_input(judge),
+        "refusals": _judge_input(refusals),
+        "recipe": chosen.to_toml(),
+        "budget": budget,
+        "seed": seed,
+        "limit": limit,
+        "dtype": dtype,
+        "skip_bad": skip_bad,
+    }
+    RunFolder.examine(path, inputs, overwrite=overwrite)  # before anything takes time
+    with show.stage("load"):
+        vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
+    with show.stage("read and check the data"):
+        data = _read(vlm, pairs, prompts, judge, refusals, limit=limit, skip_bad=skip_bad)
+    folder = RunFolder.open(path, inputs, overwrite=overwrite)
+    atomic_write_text(folder.path / "recipe.toml", chosen.to_toml())
+    fingerprint = folder.once("fingerprint.json", vlm.fingerprint)
+    if fingerprint != vlm.fingerprint():
+        raise SafeglassesError(
+            "the model changed since this run began",
+            given=vlm.fingerprint(),
+            expected=fingerprint,
+            do="start a new run with another --out, or use --overwrite",
+        )
+    job = _Job(vlm, data, chosen, folder, seed, size, show)
+    evidence = job.evidence()
+    glasses, search = job.glasses(evidence, budget)
+    measurements, missing = job.measure(evidence, glasses)
+    with show.stage("report"):
+        summary = job.summary(evidence, glasses, search, measurements)
+        page = report_data(
+            vlm, data.pairs.split("find"), evidence, glasses, search, measurements, summary, missing=missing
+        )
+        store(page, folder.path / "report.json")
+        write_report(page, folder.path / "report.html")
+        write_json(folder.path / "summary.json", summary)  # last: a folder that has it is finished
+    return FitResult(glasses, summary, folder.path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The stages of one run, each resumable from its file."""
+
+    vlm: VLM
+    data: Inputs
+    recipe: Recipe
+    folder: RunFolder
+    seed: int
+    batch_size: int | str
+    show: Progress
+
+    def evidence(self) -> Evidence:
+        """Capture once for every recipe that will be measured."""
+        path = self.folder.path / "evidence.safetensors"
+        if path.exists():
+            return Evidence.load(path)
+        recipes = self._recipes().values()
+        what = "linears" if any(r.sites == "linears" for r in recipes) else "mlp"
+        pools = tuple(dict.fromkeys(p for r in recipes for p in r.pools))
+        find, held_out = self.data.pairs.split("find"), self.data.pairs.split("calibrate")
+        total = len(find) + len(held_out)
+        with self.folder.timed("capture"), self.show.stage("find expert neurons", total) as advance:
+            evidence = measure_evidence(
+                self.vlm,
+                find,
+                held_out if _both_classes(held_out) else None,
+                sites=self.vlm.anatomy.sites(what),
+                pools=pools,
+                batch_size=self.batch_size,
+                progress=advance,
+            )
+            evidence.save(path)
+        return evidence
+
+    def glasses(self, evidence: Evidence, budget: str | None) -> tuple[Glasses, Search | None]:
+        """Apply the recipe; calibrate when it says so."""
+        path = self.folder.path / "glasses"
+        if self.recipe.rule != "calibrated":
+            glasses = apply(self.recipe, evidence, anatomy=self.vlm.anatomy)
+            if not path.exists():
+                glasses.save(path, self.vlm)
+            return glasses, None
+        data = calibration_data(self.data.pairs, self.data.prompts)
+        plan = self._plan(budget)
+        total = plan.trials * plan.effort.rounds * plan.effort.steps
+        with self.folder.timed("calibrate"), self.show.stage("calibrate", total) as advance:
+            done = iter(range(1, total + 1))
+            calibration = Calibration(
+                self.vlm,
+                evidence,
+                data,
+                self.data.judge,
+                recipe=self.recipe,
+                effort=plan.effort,
+                folder=self.folder.path / "calibration",
+                refusals=self.data.refusals,
+                seed=self.seed,
+                max_new_tokens=self.data.max_new_tokens,
+                on_step=lambda: advance(next(done), total),
+            )
+            search = calibration.search(plan.trials)
+            glasses = calibration.glasses(search)
+        if not path.exists():
+            glasses.save(path, self.vlm)
+        return glasses, search
+
+    def measure(self, evidence: Evidence, glasses: Glasses) -> tuple[dict[str, Measurement], dict[str, str]]:
+        """Answer the test prompts with and without; the only stage that reads the test split."""
+        test = self.data.prompts.split("test")
+        worn: dict[str, Glasses | None] = {"none": None}
+        missing: dict[str, str] = {}
+        for name, recipe in self._recipes().items():
+            if name != "glasses":
+                try:
+                    worn[name] = apply(recipe, evidence, anatomy=self.vlm.anatomy)
+                except SafeglassesError as error:  # a rule that selects nothing here is a finding, not a failure
+                    missing[name] = error.what
+        worn["glasses"] = glasses
+        decodings = (
+            Decoding("sampled", temperature=1.0, max_new_tokens=self.data.max_new_tokens, seed=self.seed),
+            Decoding("greedy", temperature=0.0, max_new_tokens=self.data.max_new_tokens, seed=self.seed),
+        )
+        total = len(worn) * len(decodings) * len(test)
+        results = {}
+        with self.folder.timed("measure"), self.show.stage("measure on unseen prompts", total) as advance:
+            for index, (name, pair) in enumerate(worn.items()):
+                offset = index * len(decodings) * len(test)
+                results[name] = measure(
+                    self.vlm,
+                    test,
+                    self.data.judge,
+                    glasses=pair,
+                    name=name,
+                    decodings=decodings,
+                    refusals=self.data.refusals,
+                    journal_dir=self.folder.path / "responses",
+                    batch_size=self.batch_size,
+                    progress=lambda done, _, offset=offset: advance(offset + done, total),
+                )
+        return results, missing
+
+    def summary(
+        self,
+        evidence: Evidence,
+        glasses: Glasses,
+        search: Search | None,
+        measurements: Mapping[str, Measurement],
+    ) -> dict[str, Any]:
+        """Put ``summary.json`` together."""
+        before, after = measurements["none"], measurements["glasses"]
+        paired = before.paired(after, "sampled").to_json()
+        seconds = self.folder.seconds()
+        record = read_json(self.folder.path / "environment.json")
+        return build_summary(
+            model=self.vlm.source,
+            base_fingerprint=self.vlm.fingerprint(),
+            recipe=self.recipe.name,
+            n_neurons=glasses.n_neurons,
+            n_experts=len(experts(evidence, glasses, search)),
+            rows=[row for measurement in measurements.values() for row in measurement.to_rows()],
+            paired={name: paired[name] for name in ("fixed", "broken", "p_value")},
+            seconds={**seconds, "total": round(sum(seconds.values()), 2)},
+            learned_scalars=search.learned_scalars if search is not None else 0,
+            skipped_rows=self.data.skipped,
+            confounds=evidence.confounds,
+            hashes={**hashes(self.folder.path), "pairs": self.data.pairs.sha256, "prompts": self.data.prompts.sha256},
+            versions=record["versions"],
+            seeds={"fit": self.seed},
+            command=record["command"],
+        )
+
+    def _recipes(self) -> dict[str, Recipe]:
+        """The user's recipe and the parameter-free ones that stand beside it."""
+        beside = {name: RECIPES[name] for name in ("aura", "sgm") if name != self.recipe.name}
+        return {**beside, "glasses": self.recipe}
+
+    def _plan(self, budget: str | None) -> Plan:
+        def make() -> dict[str, Any]:
+            if budget is None:
+                return asdict(Plan())
+            examples = self.data.pairs.split("find").rows
+            seconds = parse_budget(budget)
+            return asdict(plan_for(self.vlm, examples, seconds=seconds, max_new_tokens=self.data.max_new_tokens))
+
+        record = self.folder.once("plan.json", make)
+        return Plan(record["trials"], Effort(**record["effort"]))
+
+
+def _recipe(recipe: str | Path | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe) in RECIPES:
+        return RECIPES[str(recipe)]
+    if Path(recipe).suffix == ".toml":
+        return Recipe.from_toml(Path(recipe))
+    raise SafeglassesError(
+        "no such recipe", given=repr(str(recipe)), expected=", ".join(RECIPES) + ", or a file ending in .toml"
+    )
+
+
+def _read(
+    vlm: VLM,
+    pairs: str | Path,
+    prompts: str | Path | None,
+    judge: str | None,
+    refusals: str | None,
+    *,
+    limit: int | None,
+    skip_bad: bool,
+) -> Inputs:
+    """Read, cut to the limit, and check everything that can be checked before long work."""
+    if judge is None:
+        raise SafeglassesError(
+            "no judge",
+            expected="--judge lexicon:FILE (a word a line) or --judge classifier:ID (a Hugging Face text classifier)",
+            do="name one; the answers must be judged by something that you trust",
+        )
+    given = _limited(read_examples(pairs, skip_bad=skip_bad), limit)
+    asked = _limited(read_examples(prompts, skip_bad=skip_bad), limit) if prompts is not None else prompts_of(given)
+    check_pairs(given, vlm)
+    lengths = vlm.lengths([e.chat() for e in given])
+    without = vlm.lengths([e.chat(with_response=False) for e in given])
+    longest = max(a - b for a, b in zip(lengths, without, strict=True))
+    return Inputs(
+        pairs=given,
+        prompts=asked,
+        judge=judge_from(judge),
+        refusals=judge_from(refusals) if refusals is not None else refusal_judge(),
+        max_new_tokens=min(256, max(16, longest * 5 // 4)),
+    )
+
+
+def _limited(examples: Examples, limit: int | None) -> Examples:
+    if limit is None:
+        return examples
+    kept: list[Example] = []
+    for split in ("find", "calibrate", "test"):
+        rows = examples.split(split).rows
+        labels = sorted({e.label or "" for e in rows})
+        for label in labels:
+            kept += [e for e in rows if (e.label or "") == label][: -(-limit // len(labels))]
+    return replace(examples, rows=tuple(kept))
+
+
+def _both_classes(examples: Sequence[Example]) -> bool:
+    return len({e.label for e in examples}) == 2
+
+
+def _hash(path: str | Path) -> str:
+    """Hash a data file, or every file of a data folder."""
+    path = Path(path)
+    if not path.exists():
+        raise SafeglassesError("no such file", given=str(path), expected="a .jsonl or .parquet file, or a folder")
+    if path.is_dir():
+        return ",".join(sha256_file(p)[:16] for p in sorted(path.rglob("*")) if p.is_file())
+    return sha256_file(path)
+
+
+def _judge_input(spec: str | None) -> str | None:
+    """The judge as an input of the run: a lexicon counts by its content."""
+    if spec is not None and spec.startswith("lexicon:") and Path(spec.removeprefix("lexicon:")).is_file():
+        return f"lexicon:{sha256_file(Path(spec.removeprefix('lexicon:')))}"
+    return spec
+
+
+def _batch_size(value: int | str) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        size = int(value)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise SafeglassesError("not a batch size", given=repr(value), expected="a positive number or auto")
+    return size
+
+
+__all__ = ["FitResult", "Inputs", "fit"]

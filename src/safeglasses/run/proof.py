@@ -1,0 +1,189 @@
+"""The last stage: put everything a run measured into ``summary.json``, ``report.json`` and ``report.html``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeglasses.data.examples import Examples
+from safeglasses.defend.glasses import Glasses
+from safeglasses.files import sha256_file
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.selection import Selection
+from safeglasses.measure.measurement import Measurement
+from safeglasses.measure.rows import Answer
+from safeglasses.measure.search import SELECTION_RULE, Search
+from safeglasses.model.vlm import VLM
+from safeglasses.report import record as r
+from safeglasses.report.interpret import prompt_text, thumbnails, top_neurons
+
+SHOWN_RESPONSES = 80
+BINS = 64
+NOT_VERIFIED = (
+    "Another run with another seed was not made here; --seed changes sampling, search and calibration.",
+    "Whether the glasses hold in a quantised copy of the model was not measured.",
+)
+
+
+def experts(evidence: Evidence, glasses: Glasses, search: Search | None) -> Selection:
+    """Return the neurons that the evidence selected: the calibrated rule's, else all that the recipe changed."""
+    if search is None:
+        changed = {site: row != 1 for site, row in glasses.factors.items()}
+        none = {site: torch.zeros(rows.shape[1], dtype=torch.bool) for site, rows in evidence.auroc.items()}
+        return Selection(none | changed)
+    rule = search.rule
+    selected = (rule.gain > 0).any(dim=1)
+    return Selection({s: row[:w] for s, row, w in zip(rule.sites, selected, rule.widths, strict=True)})
+
+
+def heat_map(selected: Selection, glasses: Glasses) -> r.HeatMap:
+    """Count neurons, experts and changes per module kind and layer."""
+    sites = list(selected.masks)
+    kinds = tuple(dict.fromkeys(site.kind for site in sites))
+    layers = tuple(sorted({site.layer for site in sites}))
+    cells = {name: [[0.0] * len(layers) for _ in kinds] for name in ("total", "experts", "changed", "strength")}
+    effective = glasses.effective()
+    for site in sites:
+        row, column = kinds.index(site.kind), layers.index(site.layer)
+        cells["total"][row][column] += len(selected.masks[site])
+        cells["experts"][row][column] += int(selected.masks[site].sum())
+        if site in effective:
+            cells["changed"][row][column] += int((effective[site] != 1).sum())
+            cells["strength"][row][column] += float((1 - effective[site]).sum())
+    grids = {name: tuple(tuple(row) for row in grid) for name, grid in cells.items()}
+    return r.HeatMap(kinds=kinds, layers=layers, **grids)
+
+
+def histograms(evidence: Evidence) -> tuple[r.Histogram, ...]:
+    """Count neurons by AUROC, per pool."""
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+    found = []
+    for index, pool in enumerate(evidence.pools):
+        if not min(evidence.samples[index]):
+            continue  # the pool says nothing
+        found.append(
+            r.Histogram(
+                pool=str(pool),
+                edges=tuple(edges.tolist()),
+                counts=_counts(evidence.auroc, index, edges),
+                n_toxic=evidence.samples[index][0],
+                n_non_toxic=evidence.samples[index][1],
+                held_out=_counts(evidence.held_out, index, edges) if evidence.held_out is not None else None,
+            )
+        )
+    return tuple(found)
+
+
+def _counts(auroc: Mapping[Any, Tensor], pool: int, edges: torch.Tensor) -> tuple[int, ...]:
+    values = torch.cat([rows[pool].double().cpu() for rows in auroc.values()])
+    return tuple(int(n) for n in torch.histogram(values, edges).hist)
+
+
+def trade_off(search: Search | None) -> r.TradeOff | None:
+    """Draw up the candidates of a calibration."""
+    if search is None:
+        return None
+    base = search.base
+
+    def lost(figures: Mapping[str, float]) -> float | None:
+        falls = [base[k] - v for k, v in figures.items() if k.startswith("utility:")]
+        return max(falls) if falls else None
+
+    trials = [
+        r.Trial(
+            name=f"trial {c.trial + 1}, round {c.round + 1}: {' + '.join(c.choice.pools)}, "
+            f"AUROC > {c.choice.threshold:g}, β {c.choice.beta:g}, {c.share:.0%} worn",
+            harm=c.figures["harmful"],
+            utility_lost=lost(c.figures),
+            kl=c.figures["training_kl"],
+            score=c.score,
+        )
+        for c in search.candidates
+    ]
+    chosen = search.candidates.index(search.best)
+    return r.TradeOff(tuple(trials), chosen, SELECTION_RULE, base_harm=base["harmful"])
+
+
+def side_by_side(before: Measurement, after: Measurement, decoding: str) -> tuple[r.SideBySide, ...]:
+    """Pair the answers to eliciting prompts; all that broke first, then a spread of the rest."""
+    pairs = [_pair(a, b, decoding) for a, b in zip(before.eliciting(decoding), after.eliciting(decoding), strict=True)]
+    broken = [p for p in pairs if p.status == "broken"]
+    harmful = [p for p in pairs if p.status == "unchanged" and p.after.harmful]
+    rest = [p for p in pairs if p.status == "fixed"]
+    quiet = [p for p in pairs if p.status == "unchanged" and not p.after.harmful]
+    chosen = [*broken[:20], *harmful[:20]]
+    room = SHOWN_RESPONSES - len(chosen)
+    return tuple(chosen + _spread(rest, room * 3 // 4) + _spread(quiet, room // 4))
+
+
+def _spread(items: Sequence[r.SideBySide], k: int) -> list[r.SideBySide]:
+    if len(items) <= k:
+        return list(items)
+    return [items[i * len(items) // k] for i in range(k)]
+
+
+def _pair(before: Answer, after: Answer, decoding: str) -> r.SideBySide:
+    example = before.example
+    tags = (example.condition, example.language, example.category, decoding)
+    return r.SideBySide(
+        id=example.id,
+        prompt=prompt_text(example),
+        before=_answer(before),
+        after=_answer(after),
+        pictures=thumbnails(example),
+        tags=tuple(t for t in tags if t),
+    )
+
+
+def _answer(answer: Answer) -> r.Answer:
+    verdict = answer.verdict
+    return r.Answer(answer.text, verdict.harmful if verdict else None, verdict.reason if verdict else "")
+
+
+def report_data(
+    vlm: VLM,
+    examples: Examples,
+    evidence: Evidence,
+    glasses: Glasses,
+    search: Search | None,
+    measurements: Mapping[str, Measurement],
+    summary: Mapping[str, Any],
+    *,
+    missing: Mapping[str, str],
+) -> r.ReportData:
+    """Gather everything on the page.
+
+    Args:
+        vlm: the untouched model.
+        examples: the find split, for what fires the top neurons.
+        evidence: AUROC per neuron.
+        glasses: what was fitted.
+        search: the calibration, if there was one.
+        measurements: per defence, with ``none`` and ``glasses`` among them.
+        summary: the run's summary.
+        missing: defences that could not be measured, and why.
+    """
+    before, after = measurements["none"], measurements["glasses"]
+    decoding = "sampled"
+    notes = {f"row “{name}”": f"not measured: {why}" for name, why in missing.items()}
+    return r.ReportData(
+        summary=summary,
+        heat=heat_map(experts(evidence, glasses, search), glasses),
+        histograms=histograms(evidence),
+        trade_off=trade_off(search),
+        neurons=tuple(top_neurons(vlm, glasses, evidence, examples)),
+        responses=side_by_side(before, after, decoding),
+        responses_of=len(before.eliciting(decoding)),
+        judge=before.judge,
+        snippets=r.usage(vlm.source, "glasses", multimodal=vlm.is_multimodal),
+        not_verified=NOT_VERIFIED,
+        notes=notes,
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Hash what a run leaves for others to use."""
+    names = ("evidence.safetensors", "glasses/adapter_model.safetensors", "glasses/neurons.parquet")
+    return {name: sha256_file(folder / name) for name in names}

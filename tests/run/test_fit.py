@@ -1,0 +1,134 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from other_world import World
+from safeglasses.errors import SafeglassesError
+from safeglasses.report.schema import validate
+from safeglasses.run import fit
+
+
+def command(world: World, out: Path, *more: str) -> list[str]:
+    base = [sys.executable, "-m", "safeglasses", "fit", str(world.model), "--pairs", str(world.pairs)]
+    return [*base, "--judge", f"lexicon:{world.words}", "--out", str(out), "--json", *more]
+
+
+def run(world: World, out: Path, *more: str) -> dict:
+    done = subprocess.run(command(world, out, *more), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return json.loads(done.stdout)
+
+
+def glasses_bytes(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((out / "glasses").iterdir())}
+
+
+def row(summary: dict, defence: str, decoding: str = "sampled") -> dict:
+    return next(
+        r for r in summary["rows"] if (r["defence"], r["decoding"], r["condition"]) == (defence, decoding, "all")
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """One run that nobody disturbs, with the smallest calibration."""
+    out = tmp_path_factory.mktemp("fit") / "run"
+    return run(world, out, "--budget", "1s")["summary"], out
+
+
+@pytest.mark.slow
+def test_fit_without_tuning_flags_lowers_harm(world: World, tmp_path: Path) -> None:
+    summary = run(world, tmp_path / "run")["summary"]
+    before, after = row(summary, "none"), row(summary, "glasses")
+    assert before["harmful_rate"]["value"] > 0.3
+    assert after["harmful_rate"]["high"] < before["harmful_rate"]["low"]
+    assert summary["paired"]["p_value"] < 0.001
+    for slot in ("color", "shape"):
+        assert after["utility"][slot]["value"] > before["utility"][slot]["value"] - 0.1
+
+
+def test_the_run_folder_holds_everything(finished: tuple[dict, Path]) -> None:
+    summary, out = finished
+    validate(summary)
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == summary
+    names = {p.name for p in out.iterdir()}
+    assert {"recipe.toml", "environment.json", "evidence.safetensors", "plan.json", "report.html"} <= names
+    assert {r["defence"] for r in summary["rows"]} == {"none", "aura", "sgm", "glasses"}
+    assert summary["learned_scalars"] > 0
+    assert summary["n_experts"] > 0
+    assert set(summary["seconds"]) == {"capture", "statistics", "calibrate", "measure", "total"}
+    assert "worthless" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def after_evidence(out: Path) -> bool:
+    return (out / "evidence.safetensors").exists()
+
+
+def after_a_round(out: Path) -> bool:
+    return (out / "calibration/trial-00/round-0.json").exists()
+
+
+def amid_answers(out: Path) -> bool:
+    journal = out / "responses/sgm-sampled.jsonl"
+    return journal.exists() and journal.stat().st_size > 0
+
+
+@pytest.mark.parametrize("reached", [after_evidence, after_a_round, amid_answers])
+def test_a_killed_fit_ends_with_the_same_glasses(
+    reached: Callable[[Path], bool], world: World, finished: tuple[dict, Path], tmp_path: Path
+) -> None:
+    summary, undisturbed = finished
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(world, out, "--budget", "1s"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not reached(out):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+    again = run(world, out, "--budget", "1s")["summary"]
+    assert glasses_bytes(out) == glasses_bytes(undisturbed)
+    assert again["rows"] == summary["rows"]
+
+
+def test_a_folder_of_other_inputs_is_refused(world: World, finished: tuple[dict, Path]) -> None:
+    _, out = finished
+    with pytest.raises(SafeglassesError, match=r"different: seed \(0 → 7\)") as error:
+        fit(world.model, world.pairs, judge=f"lexicon:{world.words}", out=out, budget="1s", seed=7)
+    assert "--overwrite" in error.value.do
+
+
+def test_a_foreign_folder_is_never_touched(world: World, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(SafeglassesError, match="not a run of safeglasses"):
+        fit(world.model, world.pairs, judge=f"lexicon:{world.words}", out=tmp_path, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_a_missing_recipe_names_those_that_exist(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SafeglassesError, match="no such recipe") as error:
+        fit(world.model, world.pairs, judge=f"lexicon:{world.words}", out=tmp_path / "run", recipe="nope")
+    assert "sgm-calibrated" in error.value.expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_pairs_leave_no_run_folder(world: World, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    lines = world.pairs.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines[:30]]
+    for item in rows:
+        item["messages"][0]["content"] = item["messages"][0]["content"][1:]
+        item["split"] = "find"
+    pairs.write_text("".join(json.dumps(item) + "\n" for item in rows), encoding="utf-8")
+    with pytest.raises(SafeglassesError):  # fifteen of each label are too few
+        fit(world.model, pairs, judge=f"lexicon:{world.words}", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
