@@ -10,6 +10,7 @@ is a function of seed and step.
 
 import argparse
 import csv
+import json
 import logging
 import math
 import random
@@ -22,10 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from miniature_checkpoint import IMAGE_TOKENS, SPECIAL, build_model, build_processor, save_checkpoint
+from safetensors import safe_open
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from safeglasses.data.miniature.world import LANGUAGES, PLACES, Scene, Task, Turn, World, load
+from safeglasses.files import atomic_write_bytes
 
 log = logging.getLogger("train_miniature")
 CHECKPOINT = Path(__file__).resolve().parents[1] / "src/safeglasses/data/miniature/checkpoint"
@@ -182,12 +186,9 @@ def train(options: argparse.Namespace) -> None:
     )
     step, before, curve = 0, 0.0, []
     options.state.mkdir(parents=True, exist_ok=True)
-    state_file = options.state / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, before, curve = state["step"], state["seconds"], state["curve"]
+    if (options.state / "state.safetensors").exists():
+        progress = restore(model, optimizer, options.state)
+        step, before, curve = progress["step"], progress["seconds"], progress["curve"]
         log.info("going on from step %d", step)
     else:
         train_tower(model, world, options.tower_steps, options.seed)
@@ -218,6 +219,21 @@ def train(options: argparse.Namespace) -> None:
     log.info("trained %d steps", step)
 
 
+def restore(model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """Put weights and moments back as `save` left them; return the progress."""
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.copy_(file.get_tensor(f"model.{name}"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        return json.loads(file.metadata()["progress"])
+
+
 def save(
     model: LlavaForConditionalGeneration,
     optimizer: torch.optim.Optimizer,
@@ -226,9 +242,11 @@ def save(
     options: argparse.Namespace,
 ) -> None:
     """Save what training needs to go on, the checkpoint and the learning curve."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress}
-    torch.save(state, options.state / "state.tmp")
-    (options.state / "state.tmp").replace(options.state / "state.pt")
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    header = {"progress": json.dumps(progress)}  # in the same file, so that both are of one step
+    atomic_write_bytes(options.state / "state.safetensors", save_tensors(tensors, header))
     save_checkpoint(model, processor, options.out)
     with (options.state / "curve.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["step", "seconds", "loss"])

@@ -35,7 +35,7 @@ def fold_checkpoint(vlm: VLM, glasses: Glasses, folder: str | Path, *, overwrite
         fitted, base = glasses.fitted(vlm), vlm.fingerprint()
         fitted.fold(vlm)
         vlm.model.save_pretrained(temporary)
-        vlm.processor.save_pretrained(temporary)
+        vlm.save_processor(temporary)
         marker = {
             "schema": SCHEMA,
             "kind": "folded",

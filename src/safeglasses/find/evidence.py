@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def measure_evidence(
     pools: Sequence[Pool],
     batch_size: int | str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    timed: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Evidence:
     """Capture the examples and rate every neuron.
 
@@ -174,6 +176,7 @@ def measure_evidence(
         pools: how activations are summarised.
         batch_size: examples per pass.
         progress: called with examples done and in all, held-out ones included.
+        timed: opens a clock named ``capture`` or ``statistics`` around each.
 
     Raises:
         SafeglassesError: a class is missing; or as in `capture` and `auroc`.
@@ -188,21 +191,24 @@ def measure_evidence(
                 do="add examples of the missing class",
             )
 
-    def rated(examples: Examples, before: int) -> tuple[dict[Site, Tensor], Activations, Counts]:
+    def examined(examples: Examples, before: int) -> tuple[dict[Site, Tensor], Activations, Counts]:
         def shifted(done: int, _: int) -> None:
             if progress is not None:
                 progress(before + done, total)
 
-        found = capture(vlm, examples, sites=sites, pools=pools, batch_size=batch_size, progress=shifted)
+        with timed("capture"):
+            found = capture(vlm, examples, sites=sites, pools=pools, batch_size=batch_size, progress=shifted)
         chosen = [samples_of(pool, examples) for pool in pools]
         counts = tuple((int(found.labels[rows].sum()), int((~found.labels[rows]).sum())) for rows in chosen)
-        return rate(found, chosen), replace(found, values={}), counts  # the held-out pass needs the room
+        with timed("statistics"):
+            rated = rate(found, chosen)
+        return rated, replace(found, values={}), counts  # the held-out pass needs the room
 
-    auroc, seen, counts = rated(find, 0)
+    auroc, seen, counts = examined(find, 0)
     for pool, count in zip(pools, counts, strict=True):
         if not min(count):
             log.warning("both classes share their prompts, so %s says nothing: every neuron gets 0.5", pool)
-    others = rated(held_out, len(find)) if held_out is not None else (None, None, None)
+    others = examined(held_out, len(find)) if held_out is not None else (None, None, None)
     return Evidence(
         auroc=auroc,
         held_out=others[0],

@@ -133,6 +133,8 @@ def fit(
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
     with show.stage("read and check the data"):
         data = _read(vlm, pairs, prompts, judge, refusals, limit=limit, skip_bad=skip_bad)
+        if chosen.rule == "calibrated":
+            calibration_data(data.pairs, data.prompts)  # says now what would be missing later
     folder = RunFolder.open(path, inputs, overwrite=overwrite)
     atomic_write_text(folder.path / "recipe.toml", chosen.to_toml())
     fingerprint = folder.once("fingerprint.json", vlm.fingerprint)
@@ -180,7 +182,7 @@ class _Job:
         pools = tuple(dict.fromkeys(p for r in recipes for p in r.pools))
         find, held_out = self.data.pairs.split("find"), self.data.pairs.split("calibrate")
         total = len(find) + len(held_out)
-        with self.folder.timed("capture"), self.show.stage("find expert neurons", total) as advance:
+        with self.show.stage("find expert neurons", total) as advance:
             evidence = measure_evidence(
                 self.vlm,
                 find,
@@ -189,6 +191,7 @@ class _Job:
                 pools=pools,
                 batch_size=self.batch_size,
                 progress=advance,
+                timed=self.folder.timed,
             )
             evidence.save(path)
         return evidence
