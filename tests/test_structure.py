@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -154,3 +155,9 @@ def test_python_in_the_documents_uses_public_names_that_exist() -> None:
             for node in ast.walk(ast.parse(block)):
                 if isinstance(node, ast.ImportFrom) and node.module == "safeglasses":
                     assert {alias.name for alias in node.names} <= set(safeglasses.__all__), document
+
+
+def test_the_installed_command_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["scripts"]["safeglasses"].partition(":")
+    assert callable(getattr(import_module(module), name))
