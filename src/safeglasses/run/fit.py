@@ -2,20 +2,18 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safeglasses.data.checks import check_pairs
-from safeglasses.data.examples import Example, Examples, prompts_of, read_examples
+from safeglasses.data.examples import Example
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import RECIPES, Recipe, apply
 from safeglasses.errors import SafeglassesError
-from safeglasses.files import atomic_write_text, read_json, sha256_file, write_json
+from safeglasses.files import atomic_write_text, read_json, write_json
 from safeglasses.find.evidence import Evidence, measure_evidence
 from safeglasses.measure.calibrate import Effort
 from safeglasses.measure.contrasts import calibration_data
-from safeglasses.measure.judges import Judge, judge_from, refusal_judge
 from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
 from safeglasses.measure.search import Calibration, Search
@@ -26,6 +24,7 @@ from safeglasses.report.stored import store
 from safeglasses.report.summary import build_summary
 from safeglasses.run.budget import Plan, parse_budget, plan_for
 from safeglasses.run.folder import RunFolder
+from safeglasses.run.inputs import Inputs, content_of, judge_of, read_inputs
 from safeglasses.run.proof import experts, hashes, report_data
 
 log = logging.getLogger(__name__)
@@ -41,27 +40,6 @@ class FitResult:
     """The content of ``folder/summary.json``."""
     folder: Path
     """The run folder."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The user's data, read and checked."""
-
-    pairs: Examples
-    """Toxic and non-toxic examples with responses."""
-    prompts: Examples
-    """Prompts to answer; made from the pairs when none were given."""
-    judge: Judge
-    """Decides which responses are harmful."""
-    refusals: Judge
-    """Decides which responses are refusals."""
-    max_new_tokens: int
-    """Longest answer that is generated."""
-
-    @property
-    def skipped(self) -> int:
-        """How many bad rows were skipped."""
-        return len(self.pairs.skipped) + (len(self.prompts.skipped) if self.prompts is not self.pairs else 0)
 
 
 def fit(
@@ -117,10 +95,10 @@ def fit(
     inputs = {
         "model": str(model),
         "revision": revision,
-        "pairs": _hash(pairs),
-        "prompts": _hash(prompts) if prompts is not None else None,
-        "judge": _judge_input(judge),
-        "refusals": _judge_input(refusals),
+        "pairs": content_of(pairs),
+        "prompts": content_of(prompts) if prompts is not None else None,
+        "judge": judge_of(judge),
+        "refusals": judge_of(refusals),
         "recipe": chosen.to_toml(),
         "budget": budget,
         "seed": seed,
@@ -132,7 +110,7 @@ def fit(
     with show.stage("load"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
     with show.stage("read and check the data"):
-        data = _read(vlm, pairs, prompts, judge, refusals, limit=limit, skip_bad=skip_bad)
+        data = read_inputs(vlm, pairs, prompts, judge, refusals, limit=limit, skip_bad=skip_bad)
         if chosen.rule == "calibrated":
             calibration_data(data.pairs, data.prompts)  # says now what would be missing later
     folder = RunFolder.open(path, inputs, overwrite=overwrite)
@@ -322,69 +300,8 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
     )
 
 
-def _read(
-    vlm: VLM,
-    pairs: str | Path,
-    prompts: str | Path | None,
-    judge: str | None,
-    refusals: str | None,
-    *,
-    limit: int | None,
-    skip_bad: bool,
-) -> Inputs:
-    """Read, cut to the limit, and check everything that can be checked before long work."""
-    if judge is None:
-        raise SafeglassesError(
-            "no judge",
-            expected="--judge lexicon:FILE (a word a line) or --judge classifier:ID (a Hugging Face text classifier)",
-            do="name one; the answers must be judged by something that you trust",
-        )
-    given = _limited(read_examples(pairs, skip_bad=skip_bad), limit)
-    asked = _limited(read_examples(prompts, skip_bad=skip_bad), limit) if prompts is not None else prompts_of(given)
-    check_pairs(given, vlm)
-    lengths = vlm.lengths([e.chat() for e in given])
-    without = vlm.lengths([e.chat(with_response=False) for e in given])
-    longest = max(a - b for a, b in zip(lengths, without, strict=True))
-    return Inputs(
-        pairs=given,
-        prompts=asked,
-        judge=judge_from(judge),
-        refusals=judge_from(refusals) if refusals is not None else refusal_judge(),
-        max_new_tokens=min(256, max(16, longest * 5 // 4)),
-    )
-
-
-def _limited(examples: Examples, limit: int | None) -> Examples:
-    if limit is None:
-        return examples
-    kept: list[Example] = []
-    for split in ("find", "calibrate", "test"):
-        rows = examples.split(split).rows
-        labels = sorted({e.label or "" for e in rows})
-        for label in labels:
-            kept += [e for e in rows if (e.label or "") == label][: -(-limit // len(labels))]
-    return replace(examples, rows=tuple(kept))
-
-
 def _both_classes(examples: Sequence[Example]) -> bool:
     return len({e.label for e in examples}) == 2
-
-
-def _hash(path: str | Path) -> str:
-    """Hash a data file, or every file of a data folder."""
-    path = Path(path)
-    if not path.exists():
-        raise SafeglassesError("no such file", given=str(path), expected="a .jsonl or .parquet file, or a folder")
-    if path.is_dir():
-        return ",".join(sha256_file(p)[:16] for p in sorted(path.rglob("*")) if p.is_file())
-    return sha256_file(path)
-
-
-def _judge_input(spec: str | None) -> str | None:
-    """The judge as an input of the run: a lexicon counts by its content."""
-    if spec is not None and spec.startswith("lexicon:") and Path(spec.removeprefix("lexicon:")).is_file():
-        return f"lexicon:{sha256_file(Path(spec.removeprefix('lexicon:')))}"
-    return spec
 
 
 def _batch_size(value: int | str) -> int | str:
@@ -399,4 +316,4 @@ def _batch_size(value: int | str) -> int | str:
     return size
 
 
-__all__ = ["FitResult", "Inputs", "fit"]
+__all__ = ["FitResult", "fit"]
