@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from safeglasses.errors import SafeglassesError
     from safeglasses.find.auroc import auroc
     from safeglasses.find.capture import capture
-    from safeglasses.find.evidence import Evidence, measure_evidence
+    from safeglasses.find.evidence import Evidence
+    from safeglasses.find.finding import measure_evidence
     from safeglasses.find.pools import Pool
     from safeglasses.find.selection import Selection
     from safeglasses.measure.judges import judge_from
@@ -43,7 +44,7 @@ _HOMES = {
     "judge_from": "safeglasses.measure.judges",
     "load": "safeglasses.model.vlm",
     "measure": "safeglasses.measure.measurement",
-    "measure_evidence": "safeglasses.find.evidence",
+    "measure_evidence": "safeglasses.find.finding",
     "read_examples": "safeglasses.data.examples",
 }
 

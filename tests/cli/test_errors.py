@@ -111,7 +111,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr("safeglasses.report.schema.validate", fail(KeyboardInterrupt()))
     assert execute(["report", str(tmp_path)]) == 130
     assert capsys.readouterr().err == (
-        "error: interrupted\n  do:       run the same again: `fit` and `demo` go on where they were\n"
+        "error: interrupted\n  do:       run the same again: `fit`, `capture` and `demo` go on where they were\n"
     )
 
 
@@ -152,5 +152,5 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "safeglasses 0.1.0\n"
     assert execute([]) == 0
     listed = capsys.readouterr().out
-    for verb in ("demo", "fit", "inspect", "measure", "fold", "report"):
+    for verb in ("demo", "fit", "inspect", "capture", "measure", "fold", "report"):
         assert f"\n  {verb}" in listed

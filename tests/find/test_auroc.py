@@ -143,6 +143,26 @@ def test_chunks_on_accelerators_do_not_matter(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(on_device(values, labels), auroc_rows(values, labels))
 
 
+@laws
+@given(
+    st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.integers(1, 90),
+)
+def test_ties_are_counted_in_runs_of_any_length(runs: list[list[int]], reach: int, few: int) -> None:
+    n = max(map(sum, runs))
+    rows = [np.repeat(np.arange(len(lengths) + 1), [*lengths, n - sum(lengths)]) for lengths in runs]
+    keys = np.array(rows, np.int16)
+    keys[:, : n // 2] += 1
+    keys.sort(axis=1)
+    flat = [row.tolist() for row in keys]
+    expected = [sum(b == a + 1 and a % 2 == 0 for i, a in enumerate(row) for b in row[i + 1 :]) for row in flat]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_REACH", reach)
+        patch.setattr(module, "_FEW", few)
+        assert module._tied_pairs(keys).tolist() == expected
+
+
 def test_long_rows_sum_without_overflow() -> None:
     n = 70_000
     values = torch.arange(n, dtype=torch.float32)[None]

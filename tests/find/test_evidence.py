@@ -14,12 +14,13 @@ from sklearn.metrics import roc_auc_score
 
 from safeglasses.data.examples import Example, Examples
 from safeglasses.errors import SafeglassesError
-from safeglasses.find.capture import Activations
-from safeglasses.find.evidence import Evidence, measure_evidence, rate
+from safeglasses.find.engine import Setup
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.finding import measure_evidence
 from safeglasses.find.pools import Pool
 from safeglasses.find.statistics import p_values, standard_error
 from safeglasses.model.sites import Site
-from safeglasses.model.vlm import VLM
+from safeglasses.model.vlm import VLM, load
 
 Make = Callable[..., Example]
 POOLS = (Pool("prompt", "last"), Pool("response", "max"), Pool("all", "mean"))
@@ -38,7 +39,9 @@ def held_out(make: Make) -> Examples:
 
 @pytest.fixture(scope="module")
 def measured(tiny_vlm: VLM, find: Examples, held_out: Examples) -> Evidence:
-    return measure_evidence(tiny_vlm, find, held_out, sites=(UP, DOWN), pools=POOLS, batch_size=5)
+    return measure_evidence(
+        tiny_vlm, find, held_out, sites=(UP, DOWN), pools=POOLS, setup=Setup("exact", 2**30, batch_size=5)
+    )
 
 
 def fixed() -> Evidence:
@@ -53,6 +56,13 @@ def fixed() -> Evidence:
         base_fingerprint="sg1-0123",
         source_sha256="ab" * 32,
         confounds={"response_tokens": 0.5625},
+        columns={
+            name: {UP: (rows - shift).float(), DOWN: (rows[:, :3] - shift).float()}
+            for name, shift in (("mean_toxic", 0.5), ("mean_abs_toxic", 0.0))
+        },
+        weight_norms={DOWN: torch.tensor([1.0, 2.0, 4.0])},
+        engine="histogram",
+        certainty={"pools": [{"selected": 3}]},
     )
 
 
@@ -166,13 +176,13 @@ def test_one_class_is_an_error_before_the_work(tiny_vlm: VLM, find: Examples) ->
     )
 
 
-def test_nan_is_an_error_that_names_the_neuron() -> None:
-    values = torch.zeros(1, 5, 4)
-    values[0, 3, 1] = torch.nan
-    activations = Activations({UP: values}, POOLS[:1], torch.tensor([True, False, True, False]), ("a", "b", "c", "d"))
+def test_nan_is_an_error_that_names_the_neuron(tiny: Path, find: Examples) -> None:
+    vlm = load(tiny)
+    with torch.no_grad():
+        vlm.model.get_submodule(vlm.anatomy.absolute(UP)).weight[3] = torch.inf  # inf - inf somewhere
     with pytest.raises(SafeglassesError) as caught:
-        rate(activations, [torch.arange(4)])
-    assert caught.value.given == "neuron 3 of layers.0.mlp.up_proj:out"
+        measure_evidence(vlm, find, sites=(DOWN, UP), pools=POOLS[:1])
+    assert caught.value.what == "a value is not a number (NaN)"
 
 
 def test_statistics_of_a_site() -> None:
@@ -217,8 +227,36 @@ def test_save_and_load_is_identity(with_held_out: bool, tmp_path: Path) -> None:
         "base_fingerprint",
         "source_sha256",
         "confounds",
+        "engine",
+        "certainty",
     ):
         assert getattr(two, name) == getattr(one, name)
+
+
+def test_save_and_load_keeps_every_column(tmp_path: Path) -> None:
+    one = fixed()
+    two = Evidence.load(one.save(tmp_path / "evidence.safetensors"))
+    assert list(two.columns) == ["mean_toxic", "mean_abs_toxic"]
+    for name, column in one.columns.items():
+        assert all(torch.equal(values, two.columns[name][site]) for site, values in column.items())
+    assert list(two.weight_norms) == [DOWN]
+    assert torch.equal(two.weight_norms[DOWN], one.weight_norms[DOWN])
+
+
+def test_importance_weighs_the_mean_by_the_outgoing_weights(measured: Evidence, tiny_vlm: VLM) -> None:
+    weight = tiny_vlm.model.get_submodule(tiny_vlm.anatomy.absolute(DOWN)).weight
+    expected = measured.columns["mean_toxic"][DOWN].abs() * weight.norm(dim=0)
+    torch.testing.assert_close(measured.importance(DOWN).float(), expected)
+    other = measured.columns["mean_abs_non_toxic"][DOWN] * weight.norm(dim=0)
+    torch.testing.assert_close(measured.importance(DOWN, "non_toxic", signed=False).float(), other)
+    with pytest.raises(SafeglassesError) as caught:
+        measured.importance(UP)
+    assert str(caught.value) == (
+        "no importance is known there\n"
+        "  given:    layers.0.mlp.up_proj:out\n"
+        "  expected: one of layers.1.mlp.down_proj:in\n"
+        "  do:       measure the evidence at the neurons' own sites: sites = neurons"
+    )
 
 
 def test_file_is_byte_stable(tmp_path: Path) -> None:
@@ -229,18 +267,18 @@ def test_file_is_byte_stable(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["evidence.safetensors"]
 
 
-GOLDEN = "4e9900fa636ed61cddb8e53e9be20114240a0cc808924c85b5e3ad984eb6e193"
+GOLDEN = "942b6999bab2ca61687a866e9c6e69341f56ef198a701ebde603760208485e36"
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evidence.safetensors"
-    save_file({"find/a": torch.zeros(1)}, path, {"safeglasses": json.dumps({"schema": 2})})
+    save_file({"find/a": torch.zeros(1)}, path, {"safeglasses": json.dumps({"schema": 1})})
     with pytest.raises(SafeglassesError) as caught:
         Evidence.load(path)
     assert str(caught.value) == (
         "not evidence that this version reads\n"
-        f"  given:    {path}, schema 2\n"
-        "  expected: schema 1\n"
+        f"  given:    {path}, schema 1\n"
+        "  expected: schema 2\n"
         "  do:       measure it again, or use the version of safeglasses that wrote it"
     )
     save_file({"find/a": torch.zeros(1)}, path)
@@ -262,7 +300,7 @@ def test_a_file_with_tensors_missing_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "the evidence file does not hold what it says\n"
         f"  given:    {path}, 1 tensors missing or too many\n"
-        "  expected: 4 tensors\n"
+        "  expected: 9 tensors\n"
         "  do:       measure it again"
     )
 
@@ -272,7 +310,8 @@ def test_unreadable_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(SafeglassesError) as caught:
         Evidence.load(missing)
     assert str(caught.value) == (
-        f"no such evidence file\n  given:    {missing}\n  do:       make it with `safeglasses fit`"
+        f"no such evidence file\n  given:    {missing}\n"
+        "  do:       make it with `safeglasses capture` or `safeglasses fit`"
     )
     missing.write_bytes(b"half a file")
     with pytest.raises(SafeglassesError, match="the evidence file cannot be read"):

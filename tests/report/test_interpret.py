@@ -16,7 +16,8 @@ from safeglasses.data.examples import Example, Examples, Picture, Text, Turn
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.capture import capture
-from safeglasses.find.evidence import Evidence, measure_evidence
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.finding import measure_evidence
 from safeglasses.find.pools import Pool
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
@@ -115,6 +116,7 @@ def test_picture_tokens_hear_no_later_text(tiny_vlm: VLM, evidence: Evidence, ex
         pools=POOLS[1:],
         samples=evidence.samples[1:],
         auroc={site: values[1:] for site, values in evidence.auroc.items()},
+        columns={},
     )
     (card,) = top_neurons(tiny_vlm, glasses_of(tiny_vlm, {(0, 5): 0.0}), only_image, examples)
     assert card.drive is not None

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from safeglasses import __version__
+from safeglasses.cli.capture import capture
 from safeglasses.cli.demo import demo
 from safeglasses.cli.fit import fit
 from safeglasses.cli.fold import fold
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # typer's rich help costs more than the rest of --help
     pretty_exceptions_enable=False,
 )
-VERBS = (demo, fit, inspect, measure, fold, report)
+VERBS = (demo, fit, inspect, capture, measure, fold, report)
 for _verb in VERBS:
     app.command()(_verb)
 
@@ -76,6 +77,8 @@ def execute(arguments: Sequence[str]) -> int:
         with redirect_stdout(sys.stderr if as_json and "--help" not in arguments else stdout):
             result = command(list(arguments) or ["--help"], prog_name="safeglasses", standalone_mode=False)
     except (SafeglassesError, typer.TyperException, OSError) as error:
+        if getattr(error, "told_elsewhere", False):  # by another process of the same job
+            return 2
         if debug:
             sys.stderr.write(traceback.format_exc())
         announce(_problem(error, arguments), as_json=as_json)
@@ -84,7 +87,9 @@ def execute(arguments: Sequence[str]) -> int:
         result.show(as_json=as_json)
         return 0
     if result == INTERRUPTED:
-        stopped = SafeglassesError("interrupted", do="run the same again: `fit` and `demo` go on where they were")
+        stopped = SafeglassesError(
+            "interrupted", do="run the same again: `fit`, `capture` and `demo` go on where they were"
+        )
         announce(stopped, as_json=as_json)
     return result if isinstance(result, int) else 0
 

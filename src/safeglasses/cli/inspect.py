@@ -13,13 +13,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from safeglasses.data.examples import Examples
+    from safeglasses.find.estimate import Estimate
 
 
 def inspect(
     model: options.Model,
     pairs: Annotated[
-        Path | None, typer.Option(help="Check these examples against the model too.", show_default=False)
+        Path | None,
+        typer.Option(help="Check these examples too, and estimate what finding on them costs.", show_default=False),
     ] = None,
+    sites: options.Sites = options.Where.LINEARS,
+    pools: options.Pools = "prompt:last,response:max",
+    memory: options.Memory = None,
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
@@ -27,12 +32,18 @@ def inspect(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Outcome:
-    """Show MODEL's neurons; check pairs before long work."""
+    """Show MODEL's neurons; with pairs, check them and estimate bytes and seconds of finding neurons."""
     from safeglasses.cli.progress import calm_libraries, shown
     from safeglasses.data.examples import check_pairs, read_examples
+    from safeglasses.find.estimate import estimate
+    from safeglasses.find.pools import parse_pools
+    from safeglasses.find.sizes import free_disk, memory_budget
     from safeglasses.model.vlm import load
 
     calm_libraries()
+    wanted = parse_pools(pools)
+    allowed = memory_budget(memory) if memory is not None else None
+    cost: Estimate | None = None
     with shown() as progress:
         with progress.stage("load the model"):
             vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
@@ -52,7 +63,25 @@ def inspect(
                 examples = read_examples(pairs, skip_bad=skip_bad)
                 check_pairs(examples, vlm)
             record["pairs"] = _census(examples)
-    return Outcome(record, lambda console: _render(console, record))
+            with progress.stage("estimate the cost of finding neurons"):
+                held_out = examples.split("calibrate")
+                cost = estimate(
+                    vlm,
+                    examples.split("find"),
+                    held_out if held_out.toxic and held_out.non_toxic else (),
+                    sites=vlm.anatomy.sites(sites.value),
+                    pools=wanted,
+                    memory=memory_budget(None) if allowed is None else allowed,
+                    disk=free_disk(Path.cwd()),
+                )
+            record["estimate"] = {"sites": sites.value, **cost.to_json()}
+
+    def render(console: "Console") -> None:
+        _render(console, record)
+        if cost is not None:
+            _render_estimate(console, cost)
+
+    return Outcome(record, render)
 
 
 def _census(examples: "Examples") -> dict[str, Any]:
@@ -97,3 +126,30 @@ def _render_pairs(console: "Console", census: dict[str, Any]) -> None:
         console.print(f"  {split}: " + ", ".join(f"{n:,} {label}" for label, n in labels.items()), markup=False)
     for line in census["skipped"]:
         console.print(f"  skipped: {line}", markup=False)
+
+
+def _render_estimate(console: "Console", found: "Estimate") -> None:
+    from rich.table import Table
+
+    from safeglasses.find.sizes import format_bytes, format_seconds
+
+    cost, padding = found.cost, found.padded_tokens / found.tokens - 1
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "neurons": f"{found.neurons:,} × {' and '.join(map(str, found.pools))}",
+        "examples": f"{found.find:,} to find, {found.held_out:,} held out",
+        "tokens": f"{found.tokens:,} (median {found.tokens_median:,}, longest {found.tokens_max:,}), "
+        f"{padding:.0%} more with padding",
+        "exact engine": f"{format_bytes(found.exact_bytes)} of memory or disk at a time, "
+        f"{format_bytes(found.shards_bytes)} of shards if kept on disk",
+        "histogram engine": f"{format_bytes(found.histogram_bytes)} of memory, whatever the number of examples",
+        "evidence file": f"about {format_bytes(found.evidence_bytes)}",
+        "engine taken": f"{found.choice.engine}: {found.choice.why}",
+        "forward passes": f"{cost.forward_flops:.2e} FLOPs, about {format_seconds(cost.forward_seconds)} "
+        f"(scaled by tokens from {cost.timed_tokens:,} in {cost.timed_seconds:.2f} s)",
+        "sorting for AUROC": f"about {format_seconds(cost.auroc_seconds)} (exact engine, this CPU)",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print("what finding neurons on these pairs would cost", markup=False)
+    console.print(table)

@@ -1,11 +1,22 @@
 """Options that several verbs share, so that they read and behave alike."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from safeglasses.errors import SafeglassesError
 
+
+class Where(StrEnum):
+    """Families of sites."""
+
+    LINEARS = "linears"
+    MLP = "mlp"
+    NEURONS = "neurons"
+
+
+Sites = Annotated[Where, typer.Option(help="Where to look: outputs of all linear maps, of the MLPs', or FFN neurons.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Budget = Annotated[
@@ -17,6 +28,11 @@ Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or 
 DeviceMap = Annotated[
     str | None,
     typer.Option(help="Where the weights go: auto, cpu, cuda, cuda:1 …", show_default="one device"),
+]
+Pools = Annotated[str, typer.Option(help="How activations are summarised: SPAN:HOW, separated by commas.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="What each process may use, e.g. 8GB, 500MB, 2GiB.", show_default="60% of what is free"),
 ]
 Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.", show_default="the newest")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip rows that cannot be used, and count them.")]

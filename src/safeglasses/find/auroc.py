@@ -2,14 +2,13 @@
 
 A float becomes an integer key of the same order, the label is appended as one more bit, and one sort of
 plain integers tells for every positive sample how many negative ones lie below it: no indices, no ranks.
-Within a tie the label bit puts negatives first; a second sort with the bit flipped puts them last, and the
-mean of the two is the mid-rank statistic. All counts are integers until the one division at the end.
+Within a tie the label bit puts negatives first, so that it counts as wins; what is too much are the pairs of
+equal values, less the pairs that agree in the label too. All counts are integers until the one division.
 
 Source: AUROC as Mann and Whitney's U over the number of pairs (Hanley and McNeil 1982, section 2).
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safeglasses.errors import SafeglassesError
+from safeglasses.find.blocks import INTEGER, in_blocks, nan_error
+from safeglasses.find.sorting import sort_rows
 
 Keys = np.ndarray[tuple[int, int], np.dtype[Any]]
 
-_INTEGER = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F80_0000),
-    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
-}
-"""Per float type the integer of its width, and the bits of infinity: NaN has larger ones."""
-_BLOCK = 2**19
-"""Bytes of keys in a block of neurons; with its temporaries it stays in a core's second-level cache."""
-_WINDOW = 128
-"""Keys that a vector sort holds in registers, for every width of key and vector."""
+_BLOCK = 2**20
+"""Bytes of keys in a block of neurons; with its temporaries they stay in the caches and calls of numpy are few."""
+_TILE = 256
+"""Samples that are transposed at a time."""
+_REACH = 32
+"""Places over which equal keys are counted in bytes."""
+_FEW = 32
+"""One in so many is few enough to be handled by place."""
 
 
 def auroc(values: Float[Tensor, "sample neuron"], labels: Bool[Tensor, " _sample"]) -> Float[Tensor, " neuron"]:
@@ -76,30 +74,32 @@ def auroc_rows(values: Float[Tensor, "neuron sample"], labels: Bool[Tensor, " _s
 
 def _double_wins(values: Float[Tensor, "neuron sample"], labels: np.ndarray) -> np.ndarray:
     """Return twice the number of (positive, negative) pairs that the positive wins; a tie is half a win."""
-    integer, infinity = _INTEGER[values.dtype]
+    integer, infinity = INTEGER[values.dtype]
     bits = values.view(integer).numpy()
     neurons, n = bits.shape
-    height = max(16, _BLOCK // (n * bits.itemsize))
     wins = np.empty(neurons, np.int64)
     np.empty(16 * _BLOCK, np.uint8)  # freed at once: from then on glibc keeps temporaries, not unmaps them
 
-    def work(start: int) -> None:
-        block = bits[start : start + height]
+    def work(start: int, stop: int) -> None:
+        block = bits[start:stop]
         if not block.flags.c_contiguous:
-            block = block.copy(order="K")  # whole cache lines at once: columns may lie a power of two apart
-            block = np.ascontiguousarray(block)
-        wins[start : start + height] = _block_wins(block, labels, infinity, start)
+            block = _transposed(block)
+        wins[start:stop] = _block_wins(block, labels, infinity, start)
 
-    starts = range(0, neurons, height)
-    workers = min(torch.get_num_threads(), len(starts))
-    if workers <= 1:
-        for start in starts:
-            work(start)
-    else:
-        with ThreadPoolExecutor(workers) as pool:  # numpy lets go of the interpreter while it sorts
-            for _ in pool.map(work, starts):
-                pass
+    in_blocks(work, neurons, max(16, _BLOCK // (n * bits.itemsize)))
     return wins
+
+
+def _transposed(block: Keys) -> Keys:
+    """Copy rows that are columns in memory, in tiles that are fetched as they lie.
+
+    So whole cache lines are read at once: columns may lie a power of two apart, where caches hold few of them.
+    """
+    rows = np.empty(block.shape, block.dtype)
+    for start in range(0, block.shape[1], _TILE):
+        tile = slice(start, start + _TILE)
+        rows[:, tile] = block[:, tile].copy(order="K")
+    return rows
 
 
 def _block_wins(bits: Keys, labels: np.ndarray, infinity: int, first: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def _block_wins(bits: Keys, labels: np.ndarray, infinity: int, first: int) -> np
     magnitude = bits & (2 ** (width - 1) - 1)
     high = magnitude.max(axis=1, keepdims=True)
     if high.max() > infinity:
-        _raise_nan(first + int((high > infinity).argmax()))
+        raise nan_error(first + int((high > infinity).argmax()))
     used = int(np.bitwise_or.reduce(magnitude, axis=None))
     spare = (used & -used).bit_length() - 1 if used else 0
     if spare:
@@ -147,45 +147,65 @@ def _signed(magnitude: Keys, sign: Keys, size: int) -> Keys:
 
 def _key_wins(keys: Keys, labels: np.ndarray) -> np.ndarray:
     """Do as `_double_wins` for integers that leave a bit to spare; overwrites them."""
-    n = len(labels)
     n_pos = int(labels.sum())
     keys += keys
     keys += labels.astype(keys.dtype)
-    # 16 bits: numpy's radix sort, equally fast on every processor; wider: its vector sort.
-    keys.sort(axis=1, kind="stable" if keys.dtype == np.int16 else None)
-    negatives_first = _sum_of_marked(keys)
-    positives_first = negatives_first.copy()
-    tied = np.flatnonzero(((keys[:, 1:] ^ keys[:, :-1]) == 1).any(axis=1))
-    if tied.size:
-        keys = keys[tied].astype(np.promote_types(keys.dtype, np.int32), copy=False)
-        _flip_ties(keys)
-        positives_first[tied] = n * (n - 1) // 2 - _sum_of_marked(keys)
-    return negatives_first + positives_first - n_pos * (n_pos - 1)
+    keys = sort_rows(keys)
+    return 2 * _sum_of_marked(keys) - n_pos * (n_pos - 1) - _tied_pairs(keys)
 
 
-def _flip_ties(keys: Keys) -> None:
-    """Flip the label bit of sorted keys and sort them again, which moves none out of its tie.
+def _tied_pairs(keys: Keys) -> np.ndarray:
+    """Return per row of sorted keys how many pairs differ in the lowest bit alone: equal without it, not with it."""
+    value = keys >> 1
+    same = _same_as_left(value)
+    if np.count_nonzero(same) > same.size // _FEW:
+        return _equal_pairs(value, same) - _equal_pairs(keys, _same_as_left(keys))
+    place, flat = np.flatnonzero(same), keys.reshape(-1)
+    return _pairs_at(place, keys.shape) - _pairs_at(place[flat[place] == flat[place - 1]], keys.shape)
 
-    Rows without long ties are sorted in windows, twice, the second time across the borders of the first:
-    numpy sorts so few integers several times faster, in registers.
+
+def _same_as_left(keys: Keys) -> np.ndarray:
+    """Return, row after row, what equals its neighbour to the left; none begins a row, and one more entry is False."""
+    same = np.zeros(keys.size + 1, np.bool_)
+    np.equal(keys[:, 1:], keys[:, :-1], out=same[:-1].reshape(keys.shape)[:, 1:])
+    return same
+
+
+def _pairs_at(place: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return how many pairs of keys are equal, per row, given the few places of those that equal their left ones."""
+    pairs = np.zeros(shape[0], np.int64)
+    start = np.flatnonzero(np.diff(place, prepend=-1) != 1)
+    length = np.diff(start, append=len(place))
+    np.add.at(pairs, place[start] // shape[1], length * (length + 1) // 2)
+    return pairs
+
+
+def _equal_pairs(keys: Keys, same: np.ndarray) -> np.ndarray:
+    """Return how many pairs of sorted keys are equal, per row: per key, its equals to the left.
+
+    Keys are compared up to 1, 2, 4, … places to the left, while many runs of equals are longer; what the longer
+    ones hold beyond that follows from where they begin and end.
     """
-    half = _WINDOW // 2
-    long = ((keys[:, half:] ^ keys[:, :-half]) >> 1 == 0).any(axis=1)
-    keys ^= 1
-    for offset in (0, half):
-        length = (keys.shape[1] - offset) // _WINDOW * _WINDOW
-        windows = keys[:, offset : offset + length].reshape(len(keys), -1, _WINDOW)
-        windows.sort(axis=2)
-        keys[:, offset + length :].sort(axis=1)
-    if long.any():
-        keys[long] = np.sort(keys[long], axis=1)
+    count = same.view(np.int8)
+    full = -count  # all bits set where all the places so far hold an equal
+    reach = 1
+    while reach < _REACH and np.count_nonzero(full) > full.size // _FEW:
+        count[reach:] += full[reach:] & count[:-reach]
+        full[reach:] &= full[:-reach]
+        reach *= 2
+    pairs = count[:-1].reshape(keys.shape).sum(axis=1, dtype=np.int32).astype(np.int64)
+    edges = np.flatnonzero(full[1:] != full[:-1]) + 1
+    start, length = edges[::2], edges[1::2] - edges[::2]
+    np.add.at(pairs, start // keys.shape[1], length * (length - 1) // 2)
+    return pairs
 
 
 def _sum_of_marked(keys: Keys) -> np.ndarray:
     """Return per row the sum of the positions whose lowest bit is set."""
     kind = np.int32 if keys.shape[1] <= 2**16 else np.int64
     marked = (keys & 1).astype(kind, copy=False)
-    return np.einsum("ij,j->i", marked, np.arange(keys.shape[1], dtype=kind)).astype(np.int64)
+    position = np.arange(keys.shape[1], dtype=kind)
+    return np.einsum("ij,j->i", marked, position).astype(np.int64)  # not by BLAS, whose threads get in the way
 
 
 def _double_wins_on_device(
@@ -208,7 +228,7 @@ def _double_wins_on_device(
 def _device_keys(
     values: Float[Tensor, "neuron sample"], labels: Bool[Tensor, " _sample"]
 ) -> Iterator[Int[Tensor, "neuron sample"]]:
-    integer, infinity = _INTEGER[values.dtype]
+    integer, infinity = INTEGER[values.dtype]
     wide = torch.int32 if integer == torch.int16 else torch.int64
     per_value = 64  # bytes: keys, sorted keys, indices, the sort's workspace
     height = max(1, _free_bytes(values.device) // 2 // (per_value * values.shape[1]))
@@ -217,7 +237,7 @@ def _device_keys(
         magnitude = bits & torch.iinfo(integer).max
         nan = (magnitude > infinity).any(dim=1)
         if nan.any():
-            _raise_nan(start + int(nan.int().argmax()))
+            raise nan_error(start + int(nan.int().argmax()))
         yield torch.where(bits < 0, -magnitude, magnitude) * 2 + labels
 
 
@@ -226,11 +246,3 @@ def _free_bytes(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return 2**30
-
-
-def _raise_nan(neuron: int) -> None:
-    raise SafeglassesError(
-        "a value is not a number (NaN)",
-        given=f"neuron {neuron}",
-        do="look for overflow: load the model in bfloat16 or float32",
-    )

@@ -1,31 +1,24 @@
-"""What is known of every neuron: its AUROC per way of pooling, on the find split and held out."""
+"""What is known of every neuron, per way of pooling: its AUROC, what else was measured, and how sure it is."""
 
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from safeglasses.data.examples import Example, Examples
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import atomic_write_bytes
-from safeglasses.find.auroc import auroc_rows
-from safeglasses.find.capture import Activations, capture
 from safeglasses.find.pools import Pool
 from safeglasses.find.statistics import benjamini_hochberg, p_values, standard_error
 from safeglasses.model.sites import Site
-from safeglasses.model.vlm import VLM
 
-log = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 Counts = tuple[tuple[int, int], ...]
 Aurocs = Mapping[Site, Float[Tensor, "pool _neuron"]]
 
@@ -50,6 +43,16 @@ class Evidence:
     """Hash of the examples' file."""
     confounds: Mapping[str, float] = field(default_factory=dict)
     """AUROC of properties that should not tell the classes apart: 0.5 is good."""
+    columns: Mapping[str, Aurocs] = field(default_factory=dict)
+    """What else the same pass gave, float32: ``null``, ``effect_size``, ``rms_change``, ``mean_toxic`` …; with
+    the histogram engine ``auroc_bound``, within which the exact AUROC lies."""
+    weight_norms: Mapping[Site, Float[Tensor, " _neuron"]] = field(default_factory=dict)
+    """Per input site the length of each neuron's outgoing weights, ‖W[:, i]‖₂."""
+    engine: str = "exact"
+    """``exact`` or ``histogram``."""
+    certainty: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-ready: the table of confounds, and per pool how many neurons would be found again and how far pure
+    noise reaches; see `certainty.assess`."""
 
     def row(self, pool: Pool) -> int:
         """Index of a pool.
@@ -85,10 +88,38 @@ class Evidence:
         q = benjamini_hochberg(p_values(flat, *n)) if min(n) else torch.ones_like(flat)
         return dict(zip(self.auroc, q.split([v.shape[1] for v in self.auroc.values()]), strict=True))
 
+    def importance(
+        self, site: Site, of: Literal["toxic", "non_toxic"] = "toxic", *, signed: bool = True
+    ) -> Float[Tensor, "pool _neuron"]:
+        """Return |mean activation| · ‖W[:, i]‖ of the neurons that a linear map reads.
+
+        Source: Precise Shield, arXiv 2604.08881 (signed); One Anchor for All, arXiv 2607.27917 (mean of |a|).
+        Here means go over pooled values, one per sample; with ``prompt:last`` that is the papers' own.
+
+        Args:
+            site: an input site.
+            of: the class whose activations are meant.
+            signed: the mean may cancel; else the mean of absolute values.
+
+        Raises:
+            SafeglassesError: an output site, or evidence without these columns.
+        """
+        name = f"mean_{of}" if signed else f"mean_abs_{of}"
+        if site not in self.weight_norms or name not in self.columns:
+            raise SafeglassesError(
+                "no importance is known there",
+                given=str(site),
+                expected="one of " + (", ".join(map(str, list(self.weight_norms)[:3])) or "no site of this evidence"),
+                do="measure the evidence at the neurons' own sites: sites = neurons",
+            )
+        return self.columns[name][site].double().abs() * self.weight_norms[site].double()
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; the same evidence gives the same bytes."""
         tensors = {f"find/{site}": values for site, values in self.auroc.items()}
         tensors |= {f"held-out/{site}": values for site, values in (self.held_out or {}).items()}
+        tensors |= {f"{name}/{site}": v for name, column in self.columns.items() for site, v in column.items()}
+        tensors |= {f"weight-norm/{site}": values for site, values in self.weight_norms.items()}
         header = {
             "schema": SCHEMA,
             "sites": [str(site) for site in self.auroc],
@@ -98,6 +129,10 @@ class Evidence:
             "base_fingerprint": self.base_fingerprint,
             "source_sha256": self.source_sha256,
             "confounds": dict(self.confounds),
+            "columns": list(self.columns),
+            "weight_norms": [str(site) for site in self.weight_norms],
+            "engine": self.engine,
+            "certainty": dict(self.certainty),
         }
         data = save({name: t.contiguous() for name, t in tensors.items()}, {"safeglasses": json.dumps(header)})
         atomic_write_bytes(Path(path), data)
@@ -121,8 +156,9 @@ class Evidence:
             )
         sites = [Site.parse(text) for text in header["sites"]]
         counts = header["held_out_samples"]
-        parts = ["find"] if counts is None else ["find", "held-out"]
+        parts = ["find", *([] if counts is None else ["held-out"]), *header["columns"]]
         names = {f"{part}/{site}" for part in parts for site in sites}
+        names |= {f"weight-norm/{text}" for text in header["weight_norms"]}
         if names != tensors.keys():
             raise SafeglassesError(
                 "the evidence file does not hold what it says",
@@ -139,6 +175,10 @@ class Evidence:
             base_fingerprint=header["base_fingerprint"],
             source_sha256=header["source_sha256"],
             confounds=header["confounds"],
+            columns={name: {site: tensors[f"{name}/{site}"] for site in sites} for name in header["columns"]},
+            weight_norms={Site.parse(text): tensors[f"weight-norm/{text}"] for text in header["weight_norms"]},
+            engine=header["engine"],
+            certainty=header["certainty"],
         )
 
 
@@ -148,134 +188,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get("safeglasses", "{}"))
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError as error:
-        raise SafeglassesError("no such evidence file", given=str(path), do="make it with `safeglasses fit`") from error
+        raise SafeglassesError(
+            "no such evidence file", given=str(path), do="make it with `safeglasses capture` or `safeglasses fit`"
+        ) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise SafeglassesError(
             "the evidence file cannot be read", given=f"{path} ({error})", do="measure it again"
         ) from error
 
 
-def measure_evidence(
-    vlm: VLM,
-    find: Examples,
-    held_out: Examples | None = None,
-    *,
-    sites: Sequence[Site],
-    pools: Sequence[Pool],
-    batch_size: int | str = "auto",
-    progress: Callable[[int, int], None] | None = None,
-    timed: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> Evidence:
-    """Capture the examples and rate every neuron.
-
-    Args:
-        vlm: the model.
-        find: toxic and non-toxic examples that the neurons are found on.
-        held_out: other examples of both classes, to see whether they separate there too.
-        sites: where to look.
-        pools: how activations are summarised.
-        batch_size: examples per pass.
-        progress: called with examples done and in all, held-out ones included.
-        timed: opens a clock named ``capture`` or ``statistics`` around each.
-
-    Raises:
-        SafeglassesError: a class is missing; or as in `capture` and `auroc`.
-    """
-    total = len(find) + (len(held_out) if held_out is not None else 0)
-    for name, examples in (("find", find), ("held-out", held_out)):
-        if examples is not None and len({example.is_toxic for example in examples}) < 2:
-            raise SafeglassesError(
-                f"the {name} examples do not hold both classes",
-                given=f"{len(examples.toxic)} toxic and {len(examples.non_toxic)} non-toxic examples",
-                expected="at least one of each",
-                do="add examples of the missing class",
-            )
-
-    def examined(examples: Examples, before: int) -> tuple[dict[Site, Tensor], Activations, Counts]:
-        def shifted(done: int, _: int) -> None:
-            if progress is not None:
-                progress(before + done, total)
-
-        with timed("capture"):
-            found = capture(vlm, examples, sites=sites, pools=pools, batch_size=batch_size, progress=shifted)
-        chosen = [samples_of(pool, examples) for pool in pools]
-        counts = tuple((int(found.labels[rows].sum()), int((~found.labels[rows]).sum())) for rows in chosen)
-        with timed("statistics"):
-            rated = rate(found, chosen)
-        return rated, replace(found, values={}), counts  # the held-out pass needs the room
-
-    auroc, seen, counts = examined(find, 0)
-    for pool, count in zip(pools, counts, strict=True):
-        if not min(count):
-            log.warning("both classes share their prompts, so %s says nothing: every neuron gets 0.5", pool)
-    others = examined(held_out, len(find)) if held_out is not None else (None, None, None)
-    return Evidence(
-        auroc=auroc,
-        held_out=others[0],
-        pools=tuple(pools),
-        samples=counts,
-        held_out_samples=others[2],
-        base_fingerprint=vlm.fingerprint(),
-        source_sha256=find.sha256,
-        confounds=confounds(find, seen),
-    )
-
-
-def samples_of(pool: Pool, examples: Sequence[Example]) -> Int[Tensor, " _sample"]:
-    """Choose the examples that are samples of a pool.
-
-    Over the response, or over everything, each example is one. What is pooled before the response depends on
-    the prompt alone: there each distinct prompt is one sample, and it is toxic if any of its responses is.
-    Otherwise members of a same-prompt pair would tie at every neuron and pull every AUROC towards 0.5.
-    """
-    if pool.span not in ("prompt", "image"):
-        return torch.arange(len(examples))
-    first: dict[str, int] = {}
-    for label in (True, False):
-        for index, example in enumerate(examples):
-            if example.is_toxic is label:
-                first.setdefault(example.prompt_key, index)
-    return torch.tensor(sorted(first.values()))
-
-
-def rate(
-    activations: Activations, samples: Sequence[Int[Tensor, " _sample"]]
-) -> dict[Site, Float[Tensor, "pool _neuron"]]:
-    """Return the AUROC of every neuron, 0.5 for a pool whose samples hold one class alone.
-
-    Raises:
-        SafeglassesError: as in `auroc`, with the site's name.
-    """
-    rated: dict[Site, Tensor] = {}
-    for site, values in activations.values.items():
-        rows = []
-        for pooled, chosen in zip(values, samples, strict=True):
-            labels = activations.labels[chosen]
-            if not 0 < int(labels.sum()) < len(labels):
-                rows.append(torch.full((len(pooled),), 0.5, dtype=torch.float64))
-                continue
-            whole = len(chosen) == pooled.shape[1]
-            try:
-                rows.append(auroc_rows(pooled if whole else pooled.index_select(1, chosen), labels))
-            except SafeglassesError as error:
-                raise SafeglassesError(
-                    error.what, given=f"{error.given} of {site}", expected=error.expected, do=error.do
-                ) from error
-        rated[site] = torch.stack(rows)
-    return rated
-
-
 def _pairs(counts: Sequence[Sequence[int]]) -> Counts:
     return tuple((int(toxic), int(non_toxic)) for toxic, non_toxic in counts)
-
-
-def confounds(examples: Sequence[Example], activations: Activations) -> dict[str, float]:
-    """Rate properties that should not tell the classes apart the way neurons are rated: 0.5 is good.
-
-    Returns:
-        AUROC of the lengths of response and prompt, and of the number of picture tokens.
-    """
-    columns = dict(activations.lengths)
-    columns["response_characters"] = torch.tensor([len(e.response or "") for e in examples])
-    rated = auroc_rows(torch.stack(list(columns.values())).double(), activations.labels)
-    return dict(zip(columns, rated.tolist(), strict=True))

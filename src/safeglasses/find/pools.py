@@ -45,6 +45,15 @@ class Pool:
         )
 
 
+def parse_pools(text: str) -> tuple[Pool, ...]:
+    """Read several ways of pooling: ``prompt:last,response:max``.
+
+    Raises:
+        SafeglassesError: one of them is none.
+    """
+    return tuple(dict.fromkeys(Pool.parse(part.strip()) for part in text.split(",")))
+
+
 @dataclass(frozen=True)
 class Window:
     """Where the tokens of one pool lie in one batch; worked out once, used at every site."""

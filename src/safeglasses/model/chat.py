@@ -78,17 +78,19 @@ class Batch:
         )
 
 
-def batches(keys: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:
+def batches(keys: Sequence[tuple[int, ...]], size: int, tokens: int | None = None) -> list[list[int]]:
     """Return indices in batches of at most ``size``: similar keys together, in a fixed order.
 
     Args:
         keys: per chat (number of pictures, length in tokens, …); a batch never mixes the first entry.
         size: largest number of chats in a batch, at least 1.
+        tokens: most tokens in a batch of several chats, padding included.
     """
     out: list[list[int]] = []
     for index in sorted(range(len(keys)), key=lambda i: (*keys[i], i)):
-        if out and len(out[-1]) < max(size, 1) and keys[out[-1][0]][0] == keys[index][0]:
-            out[-1].append(index)
+        rows = len(out[-1]) + 1 if out and keys[out[-1][0]][0] == keys[index][0] else 0
+        if 1 < rows <= max(size, 1) and (tokens is None or rows * keys[index][1] <= tokens):
+            out[-1].append(index)  # lengths rise inside a batch: this chat is the longest
         else:
             out.append([index])
     return out

@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from safeglasses.errors import SafeglassesError
 
@@ -21,13 +22,18 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         _require_values(name, parameter)
-        values = parameter.detach().reshape(-1)
+        values = whole(parameter).reshape(-1)
         count = min(_SAMPLES, values.numel())
         index = torch.linspace(0, max(values.numel() - 1, 0), count, dtype=torch.float64).long()
         sample = values[index.to(values.device)].to(torch.bfloat16).cpu().view(torch.int16)
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(sample.numpy().astype("<i2").tobytes())
     return "sg1-" + digest.hexdigest()[:32]
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return the values of a parameter, put together from all processes where the model is cut over them."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def check_finite(model: nn.Module, source: str) -> None:

@@ -1,6 +1,7 @@
 """The main job: examples → evidence → glasses → proof, each stage with a file behind it."""
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import RECIPES, Recipe, apply
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import atomic_write_text, read_json, write_json
-from safeglasses.find.evidence import Evidence, measure_evidence
+from safeglasses.find.evidence import Evidence
+from safeglasses.find.finding import measure_evidence, setup_for
 from safeglasses.measure.calibrate import Effort
 from safeglasses.measure.contrasts import calibration_data
 from safeglasses.measure.measurement import Measurement, measure
@@ -160,18 +162,28 @@ class _Job:
         pools = tuple(dict.fromkeys(p for r in recipes for p in r.pools))
         find, held_out = self.data.pairs.split("find"), self.data.pairs.split("calibrate")
         total = len(find) + len(held_out)
+        where = {"sites": self.vlm.anatomy.sites(what), "pools": pools}
+        shards = self.folder.path / "shards"
+        setup = setup_for(
+            self.vlm,
+            max(len(find), len(held_out)),
+            **where,
+            folder=shards,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
         with self.show.stage("find expert neurons", total) as advance:
             evidence = measure_evidence(
                 self.vlm,
                 find,
                 held_out if _both_classes(held_out) else None,
-                sites=self.vlm.anatomy.sites(what),
-                pools=pools,
-                batch_size=self.batch_size,
+                **where,
+                setup=setup,
                 progress=advance,
                 timed=self.folder.timed,
             )
             evidence.save(path)
+        shutil.rmtree(shards, ignore_errors=True)
         return evidence
 
     def glasses(self, evidence: Evidence, budget: str | None) -> tuple[Glasses, Search | None]:
@@ -184,7 +196,7 @@ class _Job:
             return glasses, None
         data = calibration_data(self.data.pairs, self.data.prompts)
         plan = self._plan(budget)
-        total = plan.trials * plan.effort.rounds * plan.effort.steps
+        total = (plan.trials + 1) * plan.effort.rounds * plan.effort.steps  # and the chosen one once more
         with self.folder.timed("calibrate"), self.show.stage("calibrate", total) as advance:
             done = iter(range(1, total + 1))
             calibration = Calibration(

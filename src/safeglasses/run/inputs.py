@@ -49,8 +49,8 @@ def read_inputs(
             expected="--judge lexicon:FILE (a word a line) or --judge classifier:ID (a Hugging Face text classifier)",
             do="name one; the answers must be judged by something that you trust",
         )
-    given = _limited(read_examples(pairs, skip_bad=skip_bad), limit)
-    asked = _limited(read_examples(prompts, skip_bad=skip_bad), limit) if prompts is not None else prompts_of(given)
+    given = limited(read_examples(pairs, skip_bad=skip_bad), limit)
+    asked = limited(read_examples(prompts, skip_bad=skip_bad), limit) if prompts is not None else prompts_of(given)
     check_pairs(given, vlm)
     lengths = vlm.lengths([e.chat() for e in given])
     without = vlm.lengths([e.chat(with_response=False) for e in given])
@@ -64,7 +64,8 @@ def read_inputs(
     )
 
 
-def _limited(examples: Examples, limit: int | None) -> Examples:
+def limited(examples: Examples, limit: int | None) -> Examples:
+    """Keep at most so many examples of each split, its labels alike."""
     if limit is None:
         return examples
     kept: list[Example] = []

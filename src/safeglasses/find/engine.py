@@ -1,0 +1,276 @@
+"""From examples to finished statistics in one pass: exact or as histograms, resumable, over many processes.
+
+The examples are cut into shards. Each process captures every so-manieth open shard. *Exact* keeps the pooled
+values by shard and, at the end, deals the neurons out: each process gets a run of neurons of all samples, in
+the order of shards, so that sums too are the same whoever captured what. *Histogram* adds each shard to
+counts, which are summed over the processes at the end.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from safeglasses.data.examples import Example
+from safeglasses.errors import SafeglassesError
+from safeglasses.find.edges import Edges, edges_of
+from safeglasses.find.moments import Moments
+from safeglasses.find.passes import LENGTHS, Watch, is_sharded, passes, plan
+from safeglasses.find.ranks import Ranks
+from safeglasses.find.shards import SHARD, Shards, cut
+from safeglasses.find.statistic import Columns, Samples, Statistic
+from safeglasses.find.tally import Tally
+from safeglasses.find.world import World
+from safeglasses.model.vlm import VLM
+
+Engine = Literal["exact", "histogram"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a job is done; what decides its numbers is the same in every process and every rerun."""
+
+    engine: Engine
+    """``exact`` or ``histogram``."""
+    memory: int
+    """Bytes that a process may use beside the model."""
+    folder: Path | None = None
+    """Where shards or counts are kept, so that a rerun goes on; None: in memory, exact only."""
+    batch_size: int | str = "auto"
+    """Examples per forward pass."""
+    shard: int = SHARD
+    """Samples per shard."""
+    bins: int = 256
+    """Bins of a histogram."""
+    seed: int = 0
+    """Of the order of shards."""
+    moments: bool = True
+    """Whether means and their like are wanted too."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a job ends in, the same in every process."""
+
+    columns: Columns
+    """Statistics by name, ``[pool, neuron]``."""
+    lengths: Mapping[str, Int[Tensor, " sample"]]
+    """Token counts of the examples, in their order."""
+    values: Callable[[Sequence[int]], Shaped[Tensor, "pool _neuron sample"] | None]
+    """Gives the values of some neurons in the order of the examples, in every process; None if none were kept."""
+
+
+def _owners(holders: Sequence[Sequence[int]], shards: int) -> list[int]:
+    """Choose for every shard which of the processes that can read it does so.
+
+    Raises:
+        SafeglassesError: nobody has one of them.
+    """
+    able = [[rank for rank, held in enumerate(map(set, holders)) if index in held] for index in range(shards)]
+    if not all(able):
+        raise SafeglassesError(
+            "shards are missing",
+            given=f"{sum(not ranks for ranks in able)} of {shards}",
+            do="run the same again, on the machines that have the other shards or with a folder that all can read",
+        )
+    return [ranks[index % len(ranks)] for index, ranks in enumerate(able)]
+
+
+def shard_size(watch: Watch, neurons: int, memory: int) -> int:
+    """Return samples per shard such that a shard takes a quarter of the memory at most."""
+    per_sample = neurons * len(watch.pools) * watch.dtype.itemsize
+    return max(16, min(SHARD, memory // 4 // per_sample))
+
+
+class Job:
+    """One pass over labelled examples."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        examples: Sequence[Example],
+        samples: Samples,
+        watch: Watch,
+        setup: Setup,
+        *,
+        world: World | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.vlm, self.examples, self.samples, self.watch, self.setup = vlm, examples, samples, watch, setup
+        self.world = world or World()
+        self.progress = progress
+        self.neurons = sum(vlm.anatomy.width(site) for site in watch.sites)
+        self.shards = cut(samples.clusters, setup.shard, setup.seed)
+
+    def run(self) -> Finished:
+        """Capture what is not there yet, and finish.
+
+        Raises:
+            SafeglassesError: as in `passes`; a value is NaN; another process of the job died.
+        """
+        return self._exact() if self.setup.engine == "exact" else self._histogram()
+
+    def _exact(self) -> Finished:
+        kept = Shards(self.setup.folder)
+        seen = self.world.all_say(sorted(kept.done() & set(range(len(self.shards)))))
+        for index, values, lengths in self._captured(set().union(*seen)):
+            if index is not None and values is not None and lengths is not None:
+                kept.put(index, values, lengths)
+        owners = _owners(self.world.all_say(sorted(kept.done())), len(self.shards))
+        mine = [index for index, owner in enumerate(owners) if owner == self.world.rank]
+        order = [row for shard in self.shards for row in shard]
+        lengths = torch.zeros(len(LENGTHS), len(self.examples), dtype=torch.int64)
+        for index in mine:
+            lengths[:, self.shards[index]] = kept.lengths(index)
+        self.world.add(lengths)
+        samples = self.samples.take(torch.tensor(order))
+
+        def dealt(ask: Callable[[int, int], Tensor], cuts: Sequence[int]) -> Tensor:
+            """Give this process its part of the neurons of all samples, in the order of shards."""
+            parts = [[ask(i, p) for i in mine] for p in range(self.world.size)]
+            sent = [torch.cat([v.flatten() for v in part]) if part else self._nothing() for part in parts]
+            width = cuts[self.world.rank]
+            arrived = self.world.exchange(sent)
+            by_shard: dict[int, Tensor] = {}
+            for rank, data in enumerate(arrived):
+                theirs = [i for i, owner in enumerate(owners) if owner == rank]
+                sizes = [len(self.watch.pools) * width * len(self.shards[i]) for i in theirs]
+                for i, block in zip(theirs, data.split(sizes), strict=True):
+                    by_shard[i] = block.view(len(self.watch.pools), width, len(self.shards[i]))
+            return torch.cat([by_shard[i] for i in range(len(self.shards))], dim=2)
+
+        columns: dict[str, Tensor] = {}
+        for start, stop in self._runs():
+            edges = [start + (stop - start) * p // self.world.size for p in range(self.world.size + 1)]
+            widths = [b - a for a, b in pairwise(edges)]
+            values = dealt(lambda i, p, edges=edges: kept.rows(i, edges[p], edges[p + 1]), widths)
+            first = edges[self.world.rank]
+            for name, column in self._finish_run(values, samples, first).items():
+                whole = columns.setdefault(name, torch.zeros(len(column), self.neurons, dtype=torch.float64))
+                whole[:, first : first + column.shape[1]] = column
+        names = sorted(set().union(*self.world.all_say(sorted(columns))))
+        zeros = torch.zeros(len(self.watch.pools), self.neurons, dtype=torch.float64)
+        columns = {name: self.world.add(columns.get(name, zeros.clone())) for name in names}
+        back = torch.tensor(order).argsort()
+
+        def picked(neurons: Sequence[int]) -> Tensor:
+            found = dealt(lambda i, _: kept.pick(i, neurons), [len(neurons)] * self.world.size)
+            return found.index_select(2, back)
+
+        return Finished(columns, dict(zip(LENGTHS, lengths, strict=True)), picked)
+
+    def _finish_run(self, values: Shaped[Tensor, "pool _neuron sample"], samples: Samples, first: int) -> Columns:
+        statistics: list[Statistic] = [Ranks(), *([Moments()] if self.setup.moments else [])]
+        columns: dict[str, Float[Tensor, "pool _neuron"]] = {}
+        if not values.shape[1]:
+            return columns
+        with self._naming(first):
+            for statistic in statistics:
+                statistic.add(values, samples)
+                columns |= statistic.finish()
+        return columns
+
+    @contextmanager
+    def _naming(self, first: int) -> Iterator[None]:
+        """Say in errors about a neuron where it is; it was numbered from `first` on."""
+        try:
+            yield
+        except SafeglassesError as error:
+            match = re.fullmatch(r"neuron (\d+)", error.given)
+            if match is None:
+                raise
+            number, site = first + int(match[1]), None
+            for site in self.watch.sites:
+                if number < self.vlm.anatomy.width(site):
+                    break
+                number -= self.vlm.anatomy.width(site)
+            given = site.neuron(number) if site is not None else error.given
+            raise SafeglassesError(error.what, given=given, expected=error.expected, do=error.do) from error
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Cut the neurons into runs whose values, of all samples, take a quarter of the memory at most."""
+        per_neuron = len(self.watch.pools) * len(self.examples) * self.watch.dtype.itemsize
+        height = max(self.world.size, self.setup.memory * self.world.size // 4 // per_neuron)
+        for start in range(0, self.neurons, height):
+            yield start, min(start + height, self.neurons)
+
+    def _nothing(self) -> Tensor:
+        return torch.empty(0, dtype=self.watch.dtype)
+
+    def _histogram(self) -> Finished:
+        tally = Tally.load(self.setup.folder, self.world, len(self.examples))
+        done = set().union(*self.world.all_say(sorted(tally.shards)))
+        unset = not self.world.all_say(tally.histogram is not None)[0]
+        if unset and done:
+            raise SafeglassesError(
+                "the bins of an earlier run are lost",
+                given=f"{len(done)} shards are counted, and the first process finds no counts",
+                do="delete the folder of counts and run the same again",
+            )
+        if not unset:  # more processes than before: the new ones need the bins
+            known = (
+                {"keys": tally.histogram.edges.keys} if tally.histogram is not None and self.world.is_first else None
+            )
+            tally.start(Edges(self.world.broadcast(known)["keys"], self.watch.dtype), moments=self.setup.moments)
+        for index, values, lengths in self._captured(done):
+            rows = torch.tensor(self.shards[index] if index is not None else [], dtype=torch.int64)
+            if unset:  # the first turn: the first process has shard 0, a random sample of all
+                made = None
+                if self.world.is_first and values is not None:
+                    with self._naming(0):
+                        made = {"keys": edges_of(values, self.samples.take(rows), self.setup.bins).keys}
+                tally.start(Edges(self.world.broadcast(made)["keys"], self.watch.dtype), moments=self.setup.moments)
+                unset = False
+            if index is not None and values is not None and lengths is not None:
+                with self._naming(0):
+                    tally.add(index, values, lengths, rows, self.samples.take(rows))
+                tally.save()
+        tally.save(last=True)
+        tally.gather()
+        return Finished(tally.finish(), dict(zip(LENGTHS, tally.lengths, strict=True)), lambda _: None)
+
+    def _captured(self, done: set[int]) -> Iterator[tuple[int | None, Tensor | None, Tensor | None]]:
+        """Capture this process's share of the open shards; as many turns in every process, some without a shard."""
+        open_ = [index for index in range(len(self.shards)) if index not in done]
+        turns = -(-len(open_) // self.world.size)
+        ready = sum(len(self.shards[index]) for index in done)
+        for turn in range(turns):
+            here = open_[turn * self.world.size : (turn + 1) * self.world.size]
+            index = here[self.world.rank] if self.world.rank < len(here) else None
+            before = ready + sum(len(self.shards[i]) for i in open_[: turn * self.world.size])
+            if index is not None:
+                yield (index, *self._capture(self.shards[index], before))
+                continue
+            if is_sharded(self.vlm.model):  # its passes need this process too
+                self._capture(self.shards[open_[0]], before)
+            yield None, None, None
+
+    def _capture(self, rows: list[int], before: int) -> tuple[Tensor, Tensor]:
+        examples = [self.examples[row] for row in rows]
+        values = torch.empty(len(self.watch.pools), self.neurons, len(rows), dtype=self.watch.dtype)
+        lengths = torch.empty(len(LENGTHS), len(rows), dtype=torch.int64)
+        batches = plan(self.vlm, examples, self.setup.batch_size)
+        idle = 0
+        if is_sharded(self.vlm.model):  # every pass needs all processes: those with fewer batches repeat one
+            idle = max(self.world.all_say(len(batches))) - len(batches)
+        order: list[int] = []
+        for done in passes(self.vlm, examples, self.watch, [*batches, *([batches[0]] * idle)]):
+            if len(order) == len(rows):
+                continue
+            columns = slice(len(order), len(order) + len(done.rows))
+            values[:, :, columns] = done.values  # side by side, in cache lines; put in order below
+            lengths[:, columns] = done.lengths
+            order += done.rows
+            if self.progress is not None:
+                self.progress(min(before + len(order) * self.world.size, len(self.examples)), len(self.examples))
+        place = torch.tensor(order).argsort()
+        for some in values.flatten(0, 1).split(1024):
+            some.copy_(some.index_select(1, place))
+        return values, lengths[:, place]

@@ -1,0 +1,163 @@
+"""``safeglasses capture`` in real processes: alone, through torchrun, killed, and killed in part."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from safeglasses.find.evidence import Evidence
+
+SMALL = ("--memory", "300KB", "--batch-size", "4", "--resamples", "20")
+HISTOGRAM = ("--engine", "histogram")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "safeglasses")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(processes: int, model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    start = ("-m", "safeglasses") if processes == 1 else TORCHRUN
+    given = ("capture", str(model), "--pairs", str(data / "pairs.jsonl"), "--out", str(out), *SMALL, *more)
+    return [sys.executable, *start, *given, "--json"]
+
+
+def run(*args: Any) -> dict[str, Any]:
+    done = subprocess.run(command(*args), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, done.stdout  # one process speaks for all
+    return json.loads(lines[0])
+
+
+def shards(out: Path) -> set[str]:
+    return {path.name for path in out.glob("shards/find/*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    return run(1, tiny, data, out), out
+
+
+def test_says_what_was_found(alone: tuple[dict[str, Any], Path]) -> None:
+    record, out = alone
+    assert record["folder"] == str(out)
+    assert (record["engine"], record["processes"]) == ("exact", 1)
+    assert [row["pool"] for row in record["pools"]] == ["prompt:last", "response:max"]
+    second = record["pools"][1]
+    assert (second["toxic"], second["non_toxic"]) == (54, 72)
+    assert second["selected"] > 0  # two fixed answers differ in many neurons
+    assert second["stability"]["resamples"] == 20
+    assert {row["name"] for row in record["confounds"] if row["flagged"]} >= {"response_characters"}
+    assert json.loads((out / "evidence.json").read_text())["pools"] == record["pools"]
+    assert not (out / "shards").exists()
+    evidence = Evidence.load(out / "evidence.safetensors")
+    assert evidence.certainty["pools"] == record["pools"]
+    assert set(record["statistics"]) == {"auroc", *evidence.columns}
+
+
+def test_two_processes_write_the_same_bytes(
+    alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    record = run(2, tiny, data, tmp_path / "two", "--processes", "2")
+    assert record["processes"] == 2
+    one, two = ((folder / "evidence.safetensors").read_bytes() for folder in (alone[1], tmp_path / "two"))
+    assert one == two
+
+
+def test_two_processes_count_the_same(tiny: Path, data: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        run(processes, tiny, data, out, *HISTOGRAM)
+        found.append(Evidence.load(out / "evidence.safetensors"))
+    one, two = found
+    assert one.engine == two.engine == "histogram"
+    for site in one.auroc:
+        assert torch.equal(one.auroc[site], two.auroc[site])
+        for name in ("auroc_bound", "null"):
+            assert torch.equal(one.columns[name][site], two.columns[name][site])
+        for name in ("mean_toxic", "rms_change"):
+            torch.testing.assert_close(one.columns[name][site], two.columns[name][site], equal_nan=True)
+
+
+def started(args: list[str], said: Path) -> subprocess.Popen[bytes]:
+    with said.open("wb") as file:
+        return subprocess.Popen(args, stdout=file, stderr=file, env=ENVIRONMENT)
+
+
+def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], Any], said: Path) -> None:
+    while not reached():
+        assert process.poll() is None, f"it ended too early: {said.read_text()[-3000:]}"
+        time.sleep(0.002)
+
+
+def test_a_killed_run_goes_on(alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = started(command(1, tiny, data, out), tmp_path / "said")
+    wait_for(process, lambda: len(shards(out)) > 1, tmp_path / "said")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("shards/find/*.safetensors")}
+    assert kept
+    assert not (out / "evidence.safetensors").exists()
+    run(1, tiny, data, out, "--keep-shards")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not captured again
+    assert (out / "evidence.safetensors").read_bytes() == (alone[1] / "evidence.safetensors").read_bytes()
+
+
+def ranks(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, psutil.Process]]:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        rank = child.environ().get("RANK")
+        if rank is not None:
+            yield int(rank), child
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_job_with_one_message(
+    killed: int, alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    process = started(command(2, tiny, data, out), said)
+    wait_for(process, lambda: shards(out), said)
+    dict(ranks(process))[killed].kill()
+    assert process.wait(timeout=60) != 0
+    text = said.read_text()
+    assert text.count("another process of the job has ended, or the job was told to stop") == 1, text
+    assert not (out / "evidence.safetensors").exists()
+    before = len(shards(out))
+    assert before
+    run(2, tiny, data, out)
+    assert (out / "evidence.safetensors").read_bytes() == (alone[1] / "evidence.safetensors").read_bytes()
+
+
+def test_the_number_of_processes_is_asserted(tiny: Path, data: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(1, tiny, data, tmp_path / "run", "--processes", "2"), capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 2
+    assert json.loads(done.stdout) == {
+        "error": "the job has another number of processes than it should",
+        "given": "1 running, --processes 2",
+        "expected": "2",
+        "do": "start it with `torchrun --nproc_per_node 2 -m safeglasses …` (on a CPU, "
+        "`accelerate launch --cpu` starts one process whatever it is told)",
+    }
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sharded_model_gives_the_same_evidence(
+    alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    run(2, tiny, data, tmp_path / "run", "--fsdp")
+    one, two = (Evidence.load(out / "evidence.safetensors") for out in (alone[1], tmp_path / "run"))
+    for site in one.auroc:
+        torch.testing.assert_close(one.auroc[site], two.auroc[site], rtol=0, atol=2e-3)
+        torch.testing.assert_close(one.columns["mean_toxic"][site], two.columns["mean_toxic"][site])
