@@ -135,8 +135,15 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), batch.labels[wanted])
 
 
-def rate_at(step: int, steps: int, top: float) -> float:
-    """Learning rate: short warm-up, cosine to 2 %."""
+def rate_at(step: int, steps: int, restart: int, top: float) -> float:
+    """Learning rate: two cosines to 2 % with a short warm-up each, the second half as high.
+
+    The warm restart at step `restart` is that of SGDR (Loshchilov and Hutter, 2017).
+    """
+    if step >= restart:
+        step, steps, top = step - restart, steps - restart, top / 2
+    else:
+        steps = min(steps, restart)
     if step < 200:
         return top * (step + 1) / 200
     share = min(1.0, (step - 200) / max(1, steps - 200))
@@ -199,7 +206,7 @@ def train(options: argparse.Namespace) -> None:
         if step >= options.steps or spent > options.minutes * 60:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, options.steps, options.rate)
+            group["lr"] = rate_at(step, options.steps, options.restart, options.rate)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             loss = answer_loss(model, batch)
         optimizer.zero_grad()
@@ -257,7 +264,8 @@ def save(
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5_200, help="of the second stage")
+    parser.add_argument("--steps", type=int, default=8_700, help="of the second stage")
+    parser.add_argument("--restart", type=int, default=5_200, help="step at which the learning rate rises again")
     parser.add_argument("--minutes", type=float, default=120.0, help="stop here even if steps are left")
     parser.add_argument("--tower-steps", type=int, default=1_600, help="of the first stage")
     parser.add_argument("--batch", type=int, default=64)

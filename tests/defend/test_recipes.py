@@ -162,9 +162,15 @@ def test_sgm_without_held_out_data():
 KINDS = ["self_attn.q_proj:out", "mlp.up_proj:out", "mlp.down_proj:out"]
 
 
-def ginis(site, threshold, *, two_sided):
+def ginis(site, threshold, *, two_sided, confirmed=False):
     """|Gini| per term where it counts: the evidences, then their lower sides."""
     found = [FIND.oracle(site, pool) for pool in ("prompt:last", "response:max")]
+    if confirmed:
+        again = [HELD.oracle(site, pool) for pool in ("prompt:last", "response:max")]
+        found = [
+            np.where((f - 0.5) * (h - 0.5) > 0, np.where(np.abs(f - 0.5) < np.abs(h - 0.5), f, h), 0.5)
+            for f, h in zip(found, again, strict=True)
+        ]
     above = [np.maximum(2 * (a - 0.5), 0) * (a > threshold) for a in found]
     below = [np.maximum(2 * (0.5 - a), 0) * (a < 1 - threshold) for a in found]
     return above + below if two_sided else above
@@ -173,7 +179,7 @@ def ginis(site, threshold, *, two_sided):
 @pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_sgm_calibrated_per_group(clamp, two_sided):
-    change = {"clamp": clamp, "two_sided": two_sided, "granularity": "group", "threshold": 0.55}
+    change = {"clamp": clamp, "two_sided": two_sided, "granularity": "group", "threshold": 0.55, "confirmed": False}
     shape = (3, 2, 4 if two_sided else 2)
     strengths = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2
     glasses, sites = made(replace(RECIPES["sgm-calibrated"], **change), strengths=strengths)
@@ -188,18 +194,20 @@ def test_sgm_calibrated_per_group(clamp, two_sided):
     assert glasses.notes["strengths"]["kinds"] == KINDS
 
 
+@pytest.mark.parametrize("confirmed", [True, False])
 @pytest.mark.parametrize("two_sided", [True, False])
-def test_sgm_calibrated_per_neuron(two_sided):
-    change = {"two_sided": two_sided, "granularity": "neuron", "threshold": 0.55}
+def test_sgm_calibrated_per_neuron(two_sided, confirmed):
+    change = {"two_sided": two_sided, "granularity": "neuron", "threshold": 0.55, "confirmed": confirmed}
     strengths = torch.rand((6, 8), generator=torch.Generator().manual_seed(0)) * 2
     glasses, sites = made(replace(RECIPES["sgm-calibrated"], **change), strengths=strengths)
 
     def expected(site):
-        largest = np.max(ginis(site, 0.55, two_sided=two_sided), axis=0)
+        largest = np.max(ginis(site, 0.55, two_sided=two_sided, confirmed=confirmed), axis=0)
         return np.clip(1 - strengths[sites.index(site), : SITES[site]].numpy() * largest, 0, 1)
 
     check(glasses.factors, expected, sites)
-    selected = sum(int((np.max(ginis(s, 0.55, two_sided=two_sided), axis=0) > 0).sum()) for s in sites)
+    terms = [ginis(s, 0.55, two_sided=two_sided, confirmed=confirmed) for s in sites]
+    selected = sum(int((np.max(term, axis=0) > 0).sum()) for term in terms)
     assert glasses.notes["strengths"] == {"granularity": "neuron", "learned_scalars": selected}
 
 
@@ -407,7 +415,7 @@ def test_a_short_recipe_file(tmp_path):
 
 
 SHORT = 'sites = "mlp"\npools = ["response:max"]\nrule = "gini"\n'
-EXPECTED = "name, doc, sites, pools, rule, threshold, fdr, top_k, constant, clamp, two_sided, granularity"
+EXPECTED = "name, doc, sites, pools, rule, threshold, fdr, top_k, constant, clamp, two_sided, granularity, confirmed"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from safeglasses.data.examples import Example, Examples, Text, Turn
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.pools import Pool
 from safeglasses.measure.calibrate import frozen
-from safeglasses.measure.contrasts import calibration_data
+from safeglasses.measure.contrasts import Lessons, calibration_data
 from safeglasses.measure.likelihood import force
 from safeglasses.measure.search import Choice, _suggest, choices, excess
 from safeglasses.model.vlm import VLM, Chat
@@ -36,15 +36,31 @@ def data(pairs=PAIRS, prompts=PROMPTS):
 
 
 def test_contrasts_take_the_same_prompt_first_and_the_pair_second() -> None:
-    found = {c.prompt.id: (c.toxic, c.benign) for c in data().contrasts}
+    found = {c.prompt.id: (c.toxic, c.benign) for c in data().find.contrasts}
     assert found == {"same-t": ("you fool", "hello"), "other-t": ("what rubbish", "a red dog")}
 
 
 def test_no_prompt_of_another_split_is_learned_from() -> None:
     made = data()
-    learned = {e.id for e in (*made.eliciting, *made.benign)} | {c.prompt.id for c in made.contrasts}
-    assert learned == {"same-t", "other-t", "ask", "calm", "other-n"}
+    assert ids(made.find) == {"same-t", "other-t", "ask", "calm", "other-n"}
     assert [e.id for e in made.held_out] == ["chosen-on"]
+
+
+def ids(lessons: Lessons) -> set[str]:
+    return {e.id for e in (*lessons.eliciting, *lessons.benign)} | {c.prompt.id for c in lessons.contrasts}
+
+
+def test_the_last_lessons_take_in_the_calibrate_split_and_never_the_test_split() -> None:
+    more = [
+        example("kept-t", "sneer", "you rat", "toxic", pair_id="4", split="calibrate"),
+        example("kept-n", "sneer", "a rat", "non-toxic", pair_id="4", split="calibrate"),
+        example("hidden-t", "hiss", "you cad", "toxic", pair_id="5", split="test"),
+        example("hidden-n", "hiss", "a cat", "non-toxic", pair_id="5", split="test"),
+    ]
+    calm = example("calm-too", "what is that", "a table", "non-toxic", split="calibrate")
+    made = data([*PAIRS, *more], [*PROMPTS, calm])
+    assert ids(made.find) == {"same-t", "other-t", "ask", "calm", "other-n"}
+    assert ids(made.both) == ids(made.find) | {"kept-t", "calm-too"}
 
 
 @pytest.mark.parametrize(

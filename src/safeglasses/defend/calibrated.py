@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from safeglasses.defend.expertise import experts, restrict, rows, table_columns
+from safeglasses.defend.expertise import confirmed_by_held_out, experts, restrict, rows, table_columns
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.evidence import Evidence
@@ -72,6 +72,7 @@ class CalibratedRule:
         sites: Sequence[Site] | None = None,
         two_sided: bool = False,
         granularity: Granularity = "group",
+        confirmed: bool = False,
     ) -> "CalibratedRule":
         """Work out the part that does not depend on the strengths.
 
@@ -84,17 +85,20 @@ class CalibratedRule:
             sites: only these sites; without, all of the evidence's.
             two_sided: neurons with AUROC below 1 − threshold count as well.
             granularity: what shares a strength.
+            confirmed: count only the expertise that held-out examples confirm, if there are any: the smaller
+                of both |Gini|, and none where the two lie on different sides of chance.
 
         Raises:
             SafeglassesError: a pool or a site that the evidence does not hold.
         """
         evidence = evidence if sites is None else restrict(evidence, sites)
-        chosen = experts(evidence, pools, threshold=threshold, fdr=fdr)
+        judged = confirmed_by_held_out(evidence) if confirmed else evidence
+        chosen = experts(judged, pools, threshold=threshold, fdr=fdr)
         widths = tuple(mask.shape[1] for mask in chosen.values())
         low = max(0.5, threshold if threshold is not None else 0.5)
         gain = torch.zeros(len(chosen), len(pools) * (1 + two_sided), max(widths), dtype=torch.float32)
         for i, (site, mask) in enumerate(chosen.items()):
-            auroc = rows(evidence, site, pools).double()
+            auroc = rows(judged, site, pools).double()
             sides = [mask, auroc < 1 - low] if two_sided else [mask]
             ginis = (2 * (auroc - 0.5)).clamp(min=0), (2 * (0.5 - auroc)).clamp(min=0)
             found = [torch.where(side, g, 0.0) for side, g in zip(sides, ginis, strict=False)]

@@ -67,6 +67,21 @@ def restrict(evidence: Evidence, sites: Sequence[Site]) -> Evidence:
     )
 
 
+def confirmed_by_held_out(evidence: Evidence) -> Evidence:
+    """Return the evidence with the AUROC that lies nearer to 0.5, of find and held-out, or 0.5 if they disagree.
+
+    Without held-out values it is returned as it is.
+    """
+    if evidence.held_out is None:
+        return evidence
+    auroc: dict[Site, Tensor] = {}
+    for site, values in evidence.auroc.items():
+        found, again = values.double() - 0.5, evidence.held_out[site].double() - 0.5
+        nearer = torch.where(found.abs() < again.abs(), found, again)
+        auroc[site] = torch.where(found * again > 0, 0.5 + nearer, 0.5)
+    return replace(evidence, auroc=auroc)
+
+
 def experts(
     evidence: Evidence,
     pools: Sequence[Pool],

@@ -25,8 +25,13 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "clamp": ((bool,), "hold factors in [0, 1]"),
     "two_sided": ((bool,), "calibrated: neurons that are low on toxic examples count too"),
     "granularity": (_TEXT, "calibrated: group (a strength per kind, layer and evidence) or neuron"),
+    "confirmed": ((bool,), "calibrated: only the expertise that held-out examples confirm counts"),
 }
-_WORDS = {"sites": ("mlp", "linears"), "rule": ("gini", "constant", "calibrated")}
+_WORDS = {
+    "sites": ("mlp", "linears"),
+    "rule": ("gini", "constant", "calibrated"),
+    "granularity": ("group", "neuron"),
+}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 do="start from the file of a named recipe: RECIPES['sgm'].to_toml()",
             )
     for name, words in _WORDS.items():
-        if table[name] not in words:
+        if name in table and table[name] not in words:
             raise SafeglassesError(
                 "the recipe file has a mistake",
                 given=f"{path}: {name} = {table[name]!r}",

@@ -7,7 +7,7 @@
 | ``damp`` | same | same | same | 0.5 |
 | ``sgm-early`` | same | mean over all tokens | AUROC > 0.3 | 1 − Gini, not clamped: up to 1.4 |
 | ``sgm`` | outputs of all linear maps | last prompt token; max over response | FDR 5 % | 1 − max Gini |
-| ``sgm-calibrated`` | same | same | AUROC > 0.57 or < 0.43 | 1 − λ·max |Gini|, λ per neuron learned |
+| ``sgm-calibrated`` | same | same | AUROC > 0.55 or < 0.45, also held out | 1 − λ·max |Gini|, λ learned |
 
 Gini = 2 (AUROC − 0.5).
 
@@ -78,6 +78,8 @@ class Recipe:
     granularity: Granularity = "group"
     """For the ``calibrated`` rule: ``group``: a strength per module kind × layer × evidence; ``neuron``: one
     per expert."""
+    confirmed: bool = False
+    """For the ``calibrated`` rule: only the expertise that held-out examples confirm counts, if there are any."""
 
     def __post_init__(self) -> None:
         problems = [text for wrong, text in _problems(self) if wrong]
@@ -177,6 +179,7 @@ def _calibrated(recipe: Recipe, evidence: Evidence, strengths: Float[Tensor, "*g
         clamp=recipe.clamp,
         two_sided=recipe.two_sided,
         granularity=recipe.granularity,
+        confirmed=recipe.confirmed,
     )
     if strengths is None:
         raise SafeglassesError(
@@ -212,6 +215,7 @@ def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.rule == "calibrated" and recipe.top_k is not None, "top_k with the calibrated rule"),
         (recipe.granularity not in get_args(Granularity), f"granularity {recipe.granularity!r}"),
         (recipe.rule != "calibrated" and recipe.two_sided, "two_sided without calibration"),
+        (recipe.rule != "calibrated" and recipe.confirmed, "confirmed without calibration"),
     ]
 
 
@@ -248,13 +252,14 @@ _NAMED = (
     ),
     Recipe(
         "sgm-calibrated",
-        "as sgm, with the strength of every expert neuron learned on the calibration split",
+        "experts on either side, confirmed on held-out data; the strength of every one learned",
         "linears",
         (_LAST, _MAX),
         "calibrated",
-        threshold=0.57,
+        threshold=0.55,
         two_sided=True,
         granularity="neuron",
+        confirmed=True,
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _NAMED}

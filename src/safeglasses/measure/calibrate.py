@@ -32,9 +32,9 @@ from safeglasses.model.vlm import VLM, Batch, batches
 class Effort:
     """How long one trial calibrates. Counts, not seconds, so that a rerun gives the same glasses."""
 
-    rounds: int = 3
+    rounds: int = 2
     """Rounds of sampling the model's own toxic answers."""
-    steps: int = 40
+    steps: int = 60
     """Gradient steps per round."""
     prompts: int = 256
     """Prompts that the model answers at the start of each round."""
@@ -46,7 +46,7 @@ class Effort:
 class Objective:
     """The weights of the loss; `beta` is searched, the others are fixed."""
 
-    beta: float = 50.0
+    beta: float = 100.0
     """Weight of KL(base ‖ worn) on benign prompts."""
     margin: float = 5.0
     """Nats by which a benign answer should beat a toxic one."""

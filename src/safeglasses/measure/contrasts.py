@@ -20,8 +20,8 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class CalibrationData:
-    """What strengths are learned from (the find split), and what candidates are compared on (the calibrate split)."""
+class Lessons:
+    """What strengths are learned from."""
 
     contrasts: tuple[Contrast, ...]
     """Toxic against benign answers under the same prompt, from the pairs."""
@@ -29,8 +29,19 @@ class CalibrationData:
     """Prompts that the model answers itself; its own toxic answers join the contrasts. Their response is benign."""
     benign: tuple[Example, ...]
     """Benign prompts with reference responses: here the worn model must stay the base model."""
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What calibration learns from, compares candidates on, and learns from once the choice is made."""
+
+    find: Lessons
+    """The find split: every candidate is learned from it."""
     held_out: tuple[Example, ...]
-    """Eliciting and benign prompts of the calibrate split; no gradient ever sees them."""
+    """Eliciting and benign prompts of the calibrate split: candidates are compared on them, before any gradient
+    sees them."""
+    both: Lessons
+    """Find and calibrate split together: the chosen candidate is learned once more from them."""
 
 
 def _benign_answers(pairs: Sequence[Example]) -> dict[str, str]:
@@ -52,14 +63,25 @@ def calibration_data(pairs: Examples, prompts: Examples) -> CalibrationData:
     that of its pair id.
 
     Args:
-        pairs: all pairs; the find split is used.
-        prompts: all prompts; find is learned from, calibrate is chosen on, test is not looked at.
+        pairs: all pairs; the test split is not looked at.
+        prompts: all prompts; the test split is not looked at.
 
     Raises:
         SafeglassesError: no contrast can be made, or a slice is empty.
     """
-    held_out = prompts.split("calibrate").rows
-    pairs, prompts = pairs.split("find"), prompts.split("find")
+    data = CalibrationData(
+        find=_lessons(pairs.split("find").rows, prompts.split("find").rows),
+        held_out=prompts.split("calibrate").rows,
+        both=_lessons(
+            pairs.split("find").rows + pairs.split("calibrate").rows,
+            prompts.split("find").rows + prompts.split("calibrate").rows,
+        ),
+    )
+    _check(data)
+    return data
+
+
+def _lessons(pairs: Sequence[Example], prompts: Sequence[Example]) -> Lessons:
     answers = _benign_answers(pairs)
     contrasts = []
     for example in pairs:
@@ -72,20 +94,18 @@ def calibration_data(pairs: Examples, prompts: Examples) -> CalibrationData:
     eliciting |= {p.prompt_key: p for p in prompts if p.label != "non-toxic" and p.response}
     benign = [p for p in prompts if p.label == "non-toxic" and p.response]
     benign += [e for e in pairs if not e.is_toxic and e.response and e.prompt_key not in eliciting]
-    data = CalibrationData(tuple(contrasts), tuple(eliciting.values()), tuple(benign), held_out)
-    _check(data)
-    return data
+    return Lessons(tuple(contrasts), tuple(eliciting.values()), tuple(benign))
 
 
 def _check(data: CalibrationData) -> None:
-    if not data.contrasts:
+    if not data.find.contrasts:
         raise SafeglassesError(
             "calibration found no contrast",
             given="no toxic example of the find split has a benign answer to its prompt or of its pair_id",
             expected="toxic and non-toxic responses that share their prompt or their pair_id",
             do="add pair_id to the rows, or use a recipe without calibration: --recipe sgm",
         )
-    if not data.benign:
+    if not data.find.benign:
         raise SafeglassesError(
             "calibration has no benign prompts with responses to keep the model's behaviour on",
             expected='non-toxic rows whose prompt has no toxic response, or --prompts rows with "label": "non-toxic"',

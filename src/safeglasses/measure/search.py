@@ -2,6 +2,8 @@
 
 Each trial calibrates with one choice of evidence, threshold and β; each round of each trial is a candidate. The best
 candidate has the lowest *score*: its sampled harmful rate on the calibrate split plus what it exceeds the guards by.
+Its choices made, its strengths are learned once more from the find and the calibrate split together: more pictures and
+wordings, and nothing is left to choose.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ from safeglasses.files import atomic_write_bytes, read_json, write_json
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.pools import Pool
 from safeglasses.measure.calibrate import Effort, Keep, Objective, frozen, own_toxic, run_round
-from safeglasses.measure.contrasts import CalibrationData, Contrast
+from safeglasses.measure.contrasts import CalibrationData, Contrast, Lessons
 from safeglasses.measure.judges import Judge
 from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
@@ -29,13 +31,13 @@ from safeglasses.model.hooks import scaled
 from safeglasses.model.vlm import VLM
 
 SELECTION_RULE = (
-    "lowest score on the calibrate split, which no gradient has seen, answers sampled at temperature 1; score = "
+    "lowest score on the calibrate split, before any gradient has seen it, answers sampled at temperature 1; score = "
     "harmful rate + excess over the guards (each utility slot at most 1 point below the untouched model, benign "
     "perplexity at most 3 % above it, refusals on benign and empty answers at most 1 point above it); ties: the "
-    "earlier candidate"
+    "earlier candidate; its strengths are then learned once more from both splits"
 )
-THRESHOLDS = (0.57, 0.53, 0.61)
-BETAS = (20.0, 50.0, 100.0)
+THRESHOLDS = (0.55, 0.53, 0.6)
+BETAS = (50.0, 100.0, 200.0)
 SHARES = (1.0, 0.85)
 
 
@@ -46,7 +48,7 @@ class Choice:
     pools: tuple[str, ...]
     """Evidence used, e.g. ``("prompt:last", "response:max")``."""
     threshold: float
-    """AUROC above which a neuron counts as an expert."""
+    """AUROC above which a neuron counts as an expert, on find and, if the recipe says so, on held-out examples."""
     beta: float
     """Weight of staying the base model on benign prompts."""
 
@@ -145,6 +147,20 @@ def _suggest(done: Sequence[tuple[Choice, float]], pools: Sequence[Pool], seed: 
     return next((choice for choice in found if choice not in seen), found[0])
 
 
+@dataclass(frozen=True)
+class _Taught:
+    """What a round leaves to the next."""
+
+    strengths: Float[Tensor, "*group"]
+    """The learned scalars."""
+    own_toxic: tuple[Contrast, ...]
+    """The model's own toxic answers, as it stood at the start of the round."""
+    loss: float
+    """Mean loss at the end."""
+    kl: float
+    """Mean KL at the end, nats per token."""
+
+
 class Calibration:
     """One search; state lives in `folder`, a round at a time, so that a killed run goes on where it was."""
 
@@ -175,30 +191,41 @@ class Calibration:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = self._base_figures()
-        self.keep = Keep(self.vlm, self._sample(self.data.benign, 3 * self.effort.prompts, 1), self.effort.batch)
+        keep = self._keep(self.data.find)
         done: list[tuple[Choice, float]] = []
         candidates: list[Candidate] = []
         with frozen(self.vlm):
             for trial in range(trials):
-                found = self._trial(trial, _suggest(done, self.recipe.pools, self.seed))
+                found = self._trial(trial, _suggest(done, self.recipe.pools, self.seed), keep)
                 candidates += found
                 done.append((found[0].choice, min(c.score for c in found)))
         best = min(candidates, key=lambda c: c.score)
         return Search(best, tuple(candidates), self.base, self.rule(best.choice))
 
+    def refit(self, search: Search) -> Float[Tensor, "*group"]:
+        """Learn the strengths of the best candidate once more, from both splits, as many rounds as it had."""
+        folder = self.folder / "refit"
+        folder.mkdir(exist_ok=True)
+        best, keep = search.best, self._keep(self.data.both)
+        taught: list[_Taught] = []
+        with frozen(self.vlm):
+            for index in range(best.round + 1):
+                taught.append(self._teach(folder, best.trial, index, best.choice, taught, self.data.both, keep))
+        return taught[-1].strengths
+
     def glasses(self, search: Search) -> Glasses:
-        """Make the glasses of the best candidate."""
-        best, rule = search.best, search.rule
+        """Make the glasses of the best candidate, its strengths learned from both splits."""
+        best, rule, strengths = search.best, search.rule, self.refit(search)
         notes = {
             "learned_scalars": search.learned_scalars,
-            "strengths": rule.table(best.strengths),
+            "strengths": rule.table(strengths),
             "choice": asdict(best.choice),
             "selection_rule": SELECTION_RULE,
             "trial": best.trial,
             "round": best.round,
             "share": best.share,
         }
-        glasses = rule.glasses(best.strengths, recipe=self.recipe.name, notes=notes)
+        glasses = rule.glasses(strengths, recipe=self.recipe.name, notes=notes)
         return replace(glasses, factors=glasses.at(best.share).effective())
 
     def rule(self, choice: Choice) -> CalibratedRule:
@@ -211,6 +238,7 @@ class Calibration:
             clamp=self.recipe.clamp,
             two_sided=self.recipe.two_sided,
             granularity=self.recipe.granularity,
+            confirmed=self.recipe.confirmed,
         )
 
     def _sample(self, examples: Sequence, k: int, salt: int) -> list:
@@ -229,7 +257,10 @@ class Calibration:
             write_json(path, _figures(self._measure()))
         return read_json(path)
 
-    def _trial(self, number: int, choice: Choice) -> list[Candidate]:
+    def _keep(self, lessons: Lessons) -> Keep:
+        return Keep(self.vlm, self._sample(lessons.benign, 4 * self.effort.prompts, 1), self.effort.batch)
+
+    def _trial(self, number: int, choice: Choice, keep: Keep) -> list[Candidate]:
         folder = self.folder / f"trial-{number:02d}"
         folder.mkdir(exist_ok=True)
         rule = self.rule(choice)
@@ -240,70 +271,76 @@ class Calibration:
                 do="check that the classes differ (see confounds in the report), or give more pairs",
             )
         candidates: list[Candidate] = []
-        mined: list[Contrast] = []
+        taught: list[_Taught] = []
         for index in range(self.effort.rounds):
-            found, new = self._round(folder, number, index, choice, rule, candidates, mined)
-            candidates += found
-            mined = [*new, *mined[: self.effort.prompts]]
+            taught.append(self._teach(folder, number, index, choice, taught, self.data.find, keep))
+            strengths = taught[-1].strengths
+            for share, figures in zip(SHARES, self._compared(folder, index, rule, taught[-1]), strict=True):
+                candidates.append(Candidate(number, index, choice, share, strengths, figures))
         return candidates
 
-    def _round(
+    def _teach(
         self,
         folder: Path,
         trial: int,
         index: int,
         choice: Choice,
-        rule: CalibratedRule,
-        before: Sequence[Candidate],
-        mined: Sequence[Contrast],
-    ) -> tuple[list[Candidate], list[Contrast]]:
+        before: Sequence["_Taught"],
+        lessons: Lessons,
+        keep: Keep,
+    ) -> "_Taught":
         """Run round `index`, or read it when an earlier run has finished it."""
         tensors, record = folder / f"round-{index}.safetensors", folder / f"round-{index}.json"
-        by_id = {p.id: p for p in self.data.eliciting}
         if record.exists():  # written last
-            kept = read_json(record)
-            strengths = load_file(tensors)["strengths"]
-            new = [Contrast(by_id[i], toxic, benign) for i, toxic, benign in kept["own_toxic"]]
+            kept, by_id = read_json(record), {p.id: p for p in lessons.eliciting}
+            own = tuple(Contrast(by_id[i], toxic, benign) for i, toxic, benign in kept["own_toxic"])
             for _ in range(self.effort.steps):
                 self.on_step()
-            found = zip(SHARES, kept["figures"], strict=True)
-            return [Candidate(trial, index, choice, share, strengths, f) for share, f in found], new
-        seed = self.seed + 1000 * trial + index
+            return _Taught(load_file(tensors)["strengths"], own, kept["loss"], kept["kl"])
+        rule, seed = self.rule(choice), self.seed + 1000 * trial + index
         strengths = before[-1].strengths if before else rule.start(Objective.start)
         # The first round listens to the untouched model, later ones to the model as it stands.
-        worn = rule.factors(strengths) if before else {}
-        with scaled(self.vlm.model, self.vlm.anatomy, worn):
-            prompts = self._sample(self.data.eliciting, self.effort.prompts, 10 + index)
+        with scaled(self.vlm.model, self.vlm.anatomy, rule.factors(strengths) if before else {}):
+            prompts = self._sample(lessons.eliciting, self.effort.prompts, 10 + index)
             new = own_toxic(self.vlm, prompts, self.judge, seed=seed, max_new_tokens=self.max_new_tokens)
-        given = self._sample_contrasts(max(self.effort.prompts, len(new)), index)
+        mined: list[Contrast] = []
+        for earlier in before:
+            mined = [*earlier.own_toxic, *mined[: self.effort.prompts]]
+        given = self._sample_contrasts(lessons, max(self.effort.prompts, len(new)), index)
         strengths, loss, kl = run_round(
             self.vlm,
             rule,
             strengths,
             [*new, *mined, *given],
-            self.keep,
+            keep,
             objective=Objective(beta=choice.beta),
             effort=self.effort,
             seed=seed,
             on_step=self.on_step,
         )
+        atomic_write_bytes(tensors, save({"strengths": strengths}))
+        told = [[c.prompt.id, c.toxic, c.benign] for c in new]
+        write_json(record, {"choice": asdict(choice), "loss": loss, "kl": kl, "own_toxic": told})
+        return _Taught(strengths, tuple(new), loss, kl)
+
+    def _compared(self, folder: Path, index: int, rule: CalibratedRule, taught: "_Taught") -> list[dict[str, float]]:
+        """Measure a round's strengths on the calibrate split, for every share of them that may be worn."""
+        path = folder / f"figures-{index}.json"
+        if path.exists():
+            return read_json(path)
         figures = []
         for share in SHARES:
-            worn = {site: 1 - share * (1 - row) for site, row in rule.factors(strengths).items()}
+            worn = {site: 1 - share * (1 - row) for site, row in rule.factors(taught.strengths).items()}
             with scaled(self.vlm.model, self.vlm.anatomy, worn):
                 seen = _figures(self._measure())
-            seen |= {"loss": loss, "training_kl": kl, "excess": excess(seen, self.base)}
+            seen |= {"loss": taught.loss, "training_kl": taught.kl, "excess": excess(seen, self.base)}
             figures.append({**seen, "score": seen["harmful"] + seen["excess"]})
-        atomic_write_bytes(tensors, save({"strengths": strengths}))
-        own = [[c.prompt.id, c.toxic, c.benign] for c in new]
-        write_json(record, {"choice": asdict(choice), "figures": figures, "own_toxic": own})
-        return [
-            Candidate(trial, index, choice, share, strengths, seen) for share, seen in zip(SHARES, figures, strict=True)
-        ], new
+        write_json(path, figures)
+        return figures
 
-    def _sample_contrasts(self, k: int, salt: int) -> list[Contrast]:
+    def _sample_contrasts(self, lessons: Lessons, k: int, salt: int) -> list[Contrast]:
         keyed = sorted(
-            self.data.contrasts,
+            lessons.contrasts,
             key=lambda c: hashlib.sha256(f"{self.seed}:{salt}:{c.prompt.id}".encode()).digest(),
         )
         return keyed[:k]

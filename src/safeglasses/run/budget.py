@@ -32,13 +32,13 @@ class Plan:
 LADDER = (
     Plan(1, Effort(1, 15, 64, 16)),
     Plan(1, Effort(2, 20, 128, 24)),
-    Plan(1, Effort(3, 30, 192, 24)),
-    Plan(1, Effort(3, 40, 256, 24)),
+    Plan(1, Effort(2, 40, 192, 24)),
+    Plan(1, Effort(2, 50, 256, 24)),
     Plan(),
-    Plan(2, Effort(4, 50, 256, 24)),
-    Plan(4, Effort(4, 60, 384, 32)),
-    Plan(8, Effort(4, 60, 384, 32)),
-    Plan(16, Effort(5, 80, 512, 32)),
+    Plan(2, Effort(3, 60, 256, 32)),
+    Plan(4, Effort(3, 60, 384, 32)),
+    Plan(8, Effort(3, 60, 384, 32)),
+    Plan(16, Effort(4, 80, 512, 32)),
 )
 
 
@@ -68,10 +68,12 @@ def cost(plan: Plan, step: float, answer: float) -> float:
     """Estimate a plan's seconds from those of one teacher-forced row (with gradient) and one sampled answer.
 
     A step runs a toxic and a benign row per contrast and a row per benign prompt. A round samples its prompts, then
-    measures the held-out slice, at most twice as many answers, for every share.
+    measures the held-out slice, at most twice as many answers, for every share. In the end the chosen rounds are
+    taught once more, without measuring.
     """
     e = plan.effort
-    return plan.trials * e.rounds * (3 * e.steps * e.batch * step + (1 + 2 * len(SHARES)) * e.prompts * answer)
+    teach, compare = 3 * e.steps * e.batch * step + e.prompts * answer, 2 * len(SHARES) * e.prompts * answer
+    return plan.trials * e.rounds * (teach + compare) + e.rounds * teach
 
 
 def _seconds_per_row(vlm: VLM, sample: Sequence[Example]) -> float:
