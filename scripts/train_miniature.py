@@ -15,7 +15,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,18 +135,19 @@ def answer_loss(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), batch.labels[wanted])
 
 
-def rate_at(step: int, steps: int, restart: int, top: float) -> float:
-    """Learning rate: two cosines to 2 % with a short warm-up each, the second half as high.
+def rate_at(step: int, cycles: Sequence[int], top: float) -> float:
+    """Learning rate: a cosine to 2 % per cycle, with a short warm-up; from the second on half as high.
 
-    The warm restart at step `restart` is that of SGDR (Loshchilov and Hutter, 2017).
+    Warm restarts are those of SGDR (Loshchilov and Hutter, 2017).
     """
-    if step >= restart:
-        step, steps, top = step - restart, steps - restart, top / 2
-    else:
-        steps = min(steps, restart)
+    cycle = 0
+    while cycle + 1 < len(cycles) and step >= cycles[cycle]:
+        step -= cycles[cycle]
+        cycle += 1
+    top = top / 2 if cycle else top
     if step < 200:
         return top * (step + 1) / 200
-    share = min(1.0, (step - 200) / max(1, steps - 200))
+    share = min(1.0, (step - 200) / max(1, cycles[cycle] - 200))
     return top * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
@@ -203,10 +204,10 @@ def train(options: argparse.Namespace) -> None:
     start = saved = time.monotonic()
     for batch in Batches(world, processor.tokenizer, options.batch, options.seed).from_step(step):
         spent = time.monotonic() - start + before
-        if step >= options.steps or spent > options.minutes * 60:
+        if step >= sum(options.cycles) or spent > options.minutes * 60:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, options.steps, options.restart, options.rate)
+            group["lr"] = rate_at(step, options.cycles, options.rate)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             loss = answer_loss(model, batch)
         optimizer.zero_grad()
@@ -216,8 +217,8 @@ def train(options: argparse.Namespace) -> None:
         step += 1
         if step % 50 == 0:
             curve.append({"step": step, "seconds": round(spent, 1), "loss": round(loss.item(), 4)})
-            eta = (options.steps - step) * spent / step / 60
-            log.info("step %6d/%d  loss %.3f  ETA %.1f min", step, options.steps, loss.item(), eta)
+            eta = (sum(options.cycles) - step) * spent / step / 60
+            log.info("step %6d/%d  loss %.3f  ETA %.1f min", step, sum(options.cycles), loss.item(), eta)
         if time.monotonic() - saved > options.save_every * 60:
             save(model, optimizer, processor, {"step": step, "seconds": spent, "curve": curve}, options)
             saved = time.monotonic()
@@ -264,8 +265,9 @@ def save(
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8_700, help="of the second stage")
-    parser.add_argument("--restart", type=int, default=5_200, help="step at which the learning rate rises again")
+    parser.add_argument(
+        "--cycles", type=int, nargs="+", default=[5_200, 3_500, 2_600], help="steps of the second stage, by cycle"
+    )
     parser.add_argument("--minutes", type=float, default=120.0, help="stop here even if steps are left")
     parser.add_argument("--tower-steps", type=int, default=1_600, help="of the first stage")
     parser.add_argument("--batch", type=int, default=64)

@@ -99,18 +99,21 @@ def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], Any], said:
         time.sleep(0.002)
 
 
-def test_a_killed_run_goes_on(alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = started(command(1, tiny, data, out), tmp_path / "said")
-    wait_for(process, lambda: len(shards(out)) > 1, tmp_path / "said")
+@pytest.mark.parametrize("engine", ["exact", "histogram"])
+def test_a_killed_run_goes_on(engine: str, tiny: Path, data: Path, tmp_path: Path) -> None:
+    out, said, more = tmp_path / "run", tmp_path / "said", ("--engine", engine)
+    process = started(command(1, tiny, data, out, *more), said)
+    wait_for(process, lambda: shards(out), said)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("shards/find/*.safetensors")}
-    assert kept
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("shards/find/0*.safetensors")}
+    assert bool(kept) == (engine == "exact")
     assert not (out / "evidence.safetensors").exists()
-    run(1, tiny, data, out, "--keep-shards")
+    run(1, tiny, data, out, *more, "--keep-shards")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not captured again
-    assert (out / "evidence.safetensors").read_bytes() == (alone[1] / "evidence.safetensors").read_bytes()
+    run(1, tiny, data, tmp_path / "undisturbed", *more)
+    one, two = ((folder / "evidence.safetensors").read_bytes() for folder in (out, tmp_path / "undisturbed"))
+    assert one == two
 
 
 def ranks(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, psutil.Process]]:
