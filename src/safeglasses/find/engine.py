@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -124,47 +125,57 @@ class Job:
             if index is not None and values is not None and lengths is not None:
                 kept.put(index, values, lengths)
         owners = _owners(self.world.all_say(sorted(kept.done())), len(self.shards))
-        mine = [index for index, owner in enumerate(owners) if owner == self.world.rank]
-        order = [row for shard in self.shards for row in shard]
         lengths = torch.zeros(len(LENGTHS), len(self.examples), dtype=torch.int64)
-        for index in mine:
+        for index in self._owned(owners, self.world.rank):
             lengths[:, self.shards[index]] = kept.lengths(index)
         self.world.add(lengths)
-        samples = self.samples.take(torch.tensor(order))
-
-        def dealt(ask: Callable[[int, int], Tensor], cuts: Sequence[int]) -> Tensor:
-            """Give this process its part of the neurons of all samples, in the order of shards."""
-            parts = [[ask(i, p) for i in mine] for p in range(self.world.size)]
-            sent = [torch.cat([v.flatten() for v in part]) if part else self._nothing() for part in parts]
-            width = cuts[self.world.rank]
-            arrived = self.world.exchange(sent)
-            by_shard: dict[int, Tensor] = {}
-            for rank, data in enumerate(arrived):
-                theirs = [i for i, owner in enumerate(owners) if owner == rank]
-                sizes = [len(self.watch.pools) * width * len(self.shards[i]) for i in theirs]
-                for i, block in zip(theirs, data.split(sizes), strict=True):
-                    by_shard[i] = block.view(len(self.watch.pools), width, len(self.shards[i]))
-            return torch.cat([by_shard[i] for i in range(len(self.shards))], dim=2)
-
+        order = torch.tensor([row for shard in self.shards for row in shard])
+        samples, back = self.samples.take(order), order.argsort()
         columns: dict[str, Tensor] = {}
         for start, stop in self._runs():
             edges = [start + (stop - start) * p // self.world.size for p in range(self.world.size + 1)]
-            widths = [b - a for a, b in pairwise(edges)]
-            values = dealt(lambda i, p, edges=edges: kept.rows(i, edges[p], edges[p + 1]), widths)
+            parts = list(pairwise(edges))
+            values = self._deal(lambda i, p, parts=parts: kept.rows(i, *parts[p]), owners, [b - a for a, b in parts])
             first = edges[self.world.rank]
             for name, column in self._finish_run(values, samples, first).items():
                 whole = columns.setdefault(name, torch.zeros(len(column), self.neurons, dtype=torch.float64))
                 whole[:, first : first + column.shape[1]] = column
         names = sorted(set().union(*self.world.all_say(sorted(columns))))
         zeros = torch.zeros(len(self.watch.pools), self.neurons, dtype=torch.float64)
-        columns = {name: self.world.add(columns.get(name, zeros.clone())) for name in names}
-        back = torch.tensor(order).argsort()
+        columns = {name: self.world.add(columns.get(name, zeros.clone())) for name in names}  # what others have is 0
 
         def picked(neurons: Sequence[int]) -> Tensor:
-            found = dealt(lambda i, _: kept.pick(i, neurons), [len(neurons)] * self.world.size)
-            return found.index_select(2, back)
+            widths = [len(neurons)] * self.world.size  # everybody gets all of them
+            return self._deal(lambda i, _: kept.pick(i, neurons), owners, widths).index_select(2, back)
 
         return Finished(columns, dict(zip(LENGTHS, lengths, strict=True)), picked)
+
+    @staticmethod
+    def _owned(owners: Sequence[int], rank: int) -> list[int]:
+        return [index for index, owner in enumerate(owners) if owner == rank]
+
+    def _deal(
+        self, ask: Callable[[int, int], Tensor], owners: Sequence[int], widths: Sequence[int]
+    ) -> Shaped[Tensor, "pool _neuron sample"]:
+        """Give every process its part of the neurons, of all samples in the order of shards.
+
+        Args:
+            ask: gives a shard's values of the neurons for a process, ``[pool, neuron, sample]``.
+            owners: who reads which shard.
+            widths: neurons per process.
+        """
+        mine, pools = self._owned(owners, self.world.rank), len(self.watch.pools)
+        sent = []
+        for rank in range(self.world.size):
+            blocks = [ask(index, rank).flatten() for index in mine]
+            sent.append(torch.cat(blocks) if blocks else torch.empty(0, dtype=self.watch.dtype))
+        by_shard: dict[int, Tensor] = {}
+        for rank, data in enumerate(self.world.exchange(sent)):
+            theirs = self._owned(owners, rank)
+            shapes = [(pools, widths[self.world.rank], len(self.shards[index])) for index in theirs]
+            for index, block, shape in zip(theirs, data.split([prod(s) for s in shapes]), shapes, strict=True):
+                by_shard[index] = block.view(shape)
+        return torch.cat([by_shard[index] for index in range(len(self.shards))], dim=2)
 
     def _finish_run(self, values: Shaped[Tensor, "pool _neuron sample"], samples: Samples, first: int) -> Columns:
         statistics: list[Statistic] = [Ranks(), *([Moments()] if self.setup.moments else [])]
@@ -200,9 +211,6 @@ class Job:
         height = max(self.world.size, self.setup.memory * self.world.size // 4 // per_neuron)
         for start in range(0, self.neurons, height):
             yield start, min(start + height, self.neurons)
-
-    def _nothing(self) -> Tensor:
-        return torch.empty(0, dtype=self.watch.dtype)
 
     def _histogram(self) -> Finished:
         tally = Tally.load(self.setup.folder, self.world, len(self.examples))
