@@ -5,9 +5,9 @@ from safeglasses.data.examples import Example, Examples, Text, Turn
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.pools import Pool
 from safeglasses.measure.calibrate import frozen
+from safeglasses.measure.choosing import Choice, choices, excess, suggest
 from safeglasses.measure.contrasts import Lessons, calibration_data
 from safeglasses.measure.likelihood import force
-from safeglasses.measure.search import Choice, _suggest, choices, excess
 from safeglasses.model.vlm import VLM, Chat
 
 
@@ -127,8 +127,8 @@ def test_the_search_asks_the_same_after_a_restart_and_nothing_twice() -> None:
     pools = (Pool.parse("prompt:last"), Pool.parse("response:max"))
     done: list[tuple[Choice, float]] = []
     for trial in range(8):
-        choice = _suggest(done, pools, seed=3)
-        assert choice == _suggest(list(done), pools, seed=3)
+        choice = suggest(done, pools, seed=3)
+        assert choice == suggest(list(done), pools, seed=3)
         assert choice not in [c for c, _ in done]
         done.append((choice, 1.0 - 0.05 * trial))
     space = choices(pools)

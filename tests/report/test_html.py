@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,37 +14,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import made_up_report as made_up
+from pages import Page
 from safeglasses.errors import SafeglassesError
 from safeglasses.report import Answer, ReportData, SideBySide, usage
-from safeglasses.report.html import data_uri, render, shorten, visible, write_report
-
-
-class Page(HTMLParser):
-    """What a browser would see: tags with attributes, scripts, and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.text = ""
-        self._script = False
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._script = tag == "script"
-        if self._script:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._script = False
-
-    def handle_data(self, data: str) -> None:
-        if self._script:
-            self.scripts[-1] += data
-        else:
-            self.text += data
+from safeglasses.report.html import render, write_report
+from safeglasses.report.page import data_uri, shorten, visible
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +160,7 @@ def test_a_bad_summary_is_refused() -> None:
 def test_no_text_changes_the_page(monkeypatch: pytest.MonkeyPatch, nasty: str, tail: str) -> None:
     """Law: whatever the model, the data or the files say, the page has the same tags."""
 
-    monkeypatch.setattr("safeglasses.report.html.get_plotlyjs", lambda: "/* not needed here */")
+    monkeypatch.setattr("safeglasses.report.page.get_plotlyjs", lambda: "/* not needed here */")
 
     def with_text(text: str) -> list[str]:
         pair = SideBySide(text, text, Answer(text, True, text), Answer(text, False, text), (), (text,))

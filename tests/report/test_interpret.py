@@ -21,7 +21,6 @@ from safeglasses.find.finding import measure_evidence
 from safeglasses.find.pools import Pool
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
-from safeglasses.report.html import data_uri
 from safeglasses.report.interpret import (
     cross,
     drive,
@@ -31,6 +30,7 @@ from safeglasses.report.interpret import (
     top_neurons,
     with_pictures_of,
 )
+from safeglasses.report.page import data_uri
 
 SITES = tuple(
     Site.parse(f"layers.1.{path}") for path in ("mlp.up_proj:out", "self_attn.q_proj:out", "mlp.down_proj:out")

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -75,12 +76,16 @@ def after_a_round(out: Path) -> bool:
     return (out / "calibration/trial-00/round-0.json").exists()
 
 
+def before_the_last_lessons(out: Path) -> bool:
+    return (out / "calibration/refit").exists()
+
+
 def amid_answers(out: Path) -> bool:
     journal = out / "responses/sgm-sampled.jsonl"
     return journal.exists() and journal.stat().st_size > 0
 
 
-@pytest.mark.parametrize("reached", [after_evidence, after_a_round, amid_answers])
+@pytest.mark.parametrize("reached", [after_evidence, after_a_round, before_the_last_lessons, amid_answers])
 def test_a_killed_fit_ends_with_the_same_glasses(
     reached: Callable[[Path], bool], world: World, finished: tuple[dict, Path], tmp_path: Path
 ) -> None:
@@ -98,6 +103,24 @@ def test_a_killed_fit_ends_with_the_same_glasses(
     again = run(world, out, "--budget", "1s")["summary"]
     assert glasses_bytes(out) == glasses_bytes(undisturbed)
     assert again["rows"] == summary["rows"]
+
+
+def test_a_fit_killed_at_a_random_moment_ends_with_the_same_glasses(
+    world: World, finished: tuple[dict, Path], tmp_path: Path
+) -> None:
+    summary, undisturbed = finished
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(world, out, "--budget", "1s"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (out / "environment.json").exists():
+        assert process.poll() is None, "the run ended before it had begun"
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.8 * summary["seconds"]["total"]))  # another moment in every run of the tests
+    process.kill()
+    process.wait()
+    run(world, out, "--budget", "1s")
+    assert glasses_bytes(out) == glasses_bytes(undisturbed)
 
 
 def test_a_folder_of_other_inputs_is_refused(world: World, finished: tuple[dict, Path]) -> None:

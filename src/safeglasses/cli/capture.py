@@ -77,7 +77,8 @@ def capture(
         )
     if result is None:
         return None
-    record = {"folder": str(result.folder), "evidence": str(result.folder / "evidence.safetensors"), **result.record}
+    files = {"evidence": str(result.folder / "evidence.safetensors"), "page": str(result.page)}
+    record = {"folder": str(result.folder), **files, **result.record}
     return Outcome(record, lambda console: _render(console, record))
 
 
@@ -105,7 +106,8 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
         )
     if not flagged:
         console.print(f"none of {len(record['confounds'])} possible confounds tells the classes apart", markup=False)
-    console.print(f"evidence: {record['evidence']}", markup=False, soft_wrap=True)
+    for name in ("page", "evidence"):
+        console.print(f"{name}: {record[name]}", markup=False, soft_wrap=True)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import optuna
 from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -23,34 +22,13 @@ from safeglasses.files import atomic_write_bytes, read_json, write_json
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.pools import Pool
 from safeglasses.measure.calibrate import Effort, Keep, Objective, frozen, own_toxic, run_round
+from safeglasses.measure.choosing import SELECTION_RULE, SHARES, Choice, excess, figures_of, suggest
 from safeglasses.measure.contrasts import CalibrationData, Contrast, Lessons
 from safeglasses.measure.judges import Judge
 from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
 from safeglasses.model.hooks import scaled
 from safeglasses.model.vlm import VLM
-
-SELECTION_RULE = (
-    "lowest score on the calibrate split, before any gradient has seen it, answers sampled at temperature 1; score = "
-    "harmful rate + excess over the guards (each utility slot at most 1 point below the untouched model, benign "
-    "perplexity at most 3 % above it, refusals on benign and empty answers at most 1 point above it); ties: the "
-    "earlier candidate; its strengths are then learned once more from both splits"
-)
-THRESHOLDS = (0.55, 0.53, 0.6)
-BETAS = (50.0, 100.0, 200.0)
-SHARES = (1.0, 0.85)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The discrete choices of one trial."""
-
-    pools: tuple[str, ...]
-    """Evidence used, e.g. ``("prompt:last", "response:max")``."""
-    threshold: float
-    """AUROC above which a neuron counts as an expert, on find and, if the recipe says so, on held-out examples."""
-    beta: float
-    """Weight of staying the base model on benign prompts."""
 
 
 @dataclass(frozen=True)
@@ -94,57 +72,6 @@ class Search:
     def learned_scalars(self) -> int:
         """How many strengths the best candidate learned."""
         return self.rule.n_strengths
-
-
-def _figures(measurement: Measurement) -> dict[str, float]:
-    """Flatten the sampled, pooled row of a measurement."""
-    row = next(r for r in measurement.to_rows() if r["condition"] == "all")
-    figures = {"harmful": row["harmful_rate"]["value"], "empty": row["empty"]["value"]}
-    figures |= {f"utility:{slot}": rate["value"] for slot, rate in row["utility"].items()}
-    figures |= {"perplexity": row["perplexity"]} if row["perplexity"] is not None else {}
-    figures |= {"kl": row["kl"]} if row["kl"] is not None else {}
-    figures |= {"refusals": row["refusal_on_benign"]["value"]} if row["refusal_on_benign"] is not None else {}
-    return figures
-
-
-def excess(figures: dict[str, float], base: dict[str, float]) -> float:
-    """Add up by how much the guards of `SELECTION_RULE` are exceeded."""
-    total = sum(max(0.0, base[name] - value - 0.01) for name, value in figures.items() if name.startswith("utility:"))
-    if "perplexity" in figures:
-        total += max(0.0, figures["perplexity"] / base["perplexity"] - 1.03)
-    for name in ("refusals", "empty"):
-        if name in figures:
-            total += max(0.0, figures[name] - base[name] - 0.01)
-    return total
-
-
-def choices(pools: Sequence[Pool]) -> dict[str, list]:
-    """List what is searched: every single evidence and all together, thresholds, β."""
-    names = [str(p) for p in pools]
-    subsets = ["+".join(names), *names] if len(names) > 1 else names
-    return {"pools": subsets, "threshold": list(THRESHOLDS), "beta": list(BETAS)}
-
-
-def _suggest(done: Sequence[tuple[Choice, float]], pools: Sequence[Pool], seed: int) -> Choice:
-    """Ask Optuna for the next choice, given all finished trials.
-
-    The study is rebuilt each time and the sampler seeded by the trial's number, so a resumed search asks the same.
-    """
-    space = choices(pools)
-    if not done:
-        return Choice(tuple(space["pools"][0].split("+")), THRESHOLDS[0], BETAS[1])
-    distributions: dict[str, optuna.distributions.BaseDistribution] = {
-        name: optuna.distributions.CategoricalDistribution(values) for name, values in space.items()
-    }
-    sampler = optuna.samplers.TPESampler(seed=seed + len(done), n_startup_trials=3)
-    study = optuna.create_study(sampler=sampler, direction="minimize")
-    for choice, score in done:
-        params = {"pools": "+".join(choice.pools), "threshold": choice.threshold, "beta": choice.beta}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=score))
-    seen = {choice for choice, _ in done}
-    asked = (study.ask(distributions).params for _ in range(20))  # a small space repeats itself: look for a new one
-    found = [Choice(tuple(p["pools"].split("+")), p["threshold"], p["beta"]) for p in asked]
-    return next((choice for choice in found if choice not in seen), found[0])
 
 
 @dataclass(frozen=True)
@@ -196,7 +123,7 @@ class Calibration:
         candidates: list[Candidate] = []
         with frozen(self.vlm):
             for trial in range(trials):
-                found = self._trial(trial, _suggest(done, self.recipe.pools, self.seed), keep)
+                found = self._trial(trial, suggest(done, self.recipe.pools, self.seed), keep)
                 candidates += found
                 done.append((found[0].choice, min(c.score for c in found)))
         best = min(candidates, key=lambda c: c.score)
@@ -254,7 +181,7 @@ class Calibration:
     def _base_figures(self) -> dict[str, float]:
         path = self.folder / "base.json"
         if not path.exists():
-            write_json(path, _figures(self._measure()))
+            write_json(path, figures_of(self._measure()))
         return read_json(path)
 
     def _keep(self, lessons: Lessons) -> Keep:
@@ -332,7 +259,7 @@ class Calibration:
         for share in SHARES:
             worn = {site: 1 - share * (1 - row) for site, row in rule.factors(taught.strengths).items()}
             with scaled(self.vlm.model, self.vlm.anatomy, worn):
-                seen = _figures(self._measure())
+                seen = figures_of(self._measure())
             seen |= {"loss": taught.loss, "training_kl": taught.kl, "excess": excess(seen, self.base)}
             figures.append({**seen, "score": seen["harmful"] + seen["excess"]})
         write_json(path, figures)

@@ -4,19 +4,27 @@ import html
 import math
 from itertools import pairwise
 
+from safeglasses.errors import SafeglassesError
 from safeglasses.report.plotting import LEGEND, Figure, axis, layout, short_kind
 from safeglasses.report.record import Grid, HeatMap, Histogram
 
+_FLOOR = 0.5
+"""Lower end of a logarithmic axis of counts."""
 _NUMBERS_UP_TO = 8
 """Layers up to which the cells carry numbers; beyond, a colour bar explains them."""
 
 
 def _cells(heat: HeatMap, shares: tuple[tuple[float | None, ...], ...], what: str) -> list[list[str]]:
     """Write what hovering over each cell says."""
+    changed = heat.changed
+
+    def turned(i: int, j: int) -> str:
+        return "" if changed is None else f", {changed[i][j]:,.0f} changed"
+
     return [
         [
-            f"layer {layer}<br>{html.escape(kind)}<br>{heat.experts[i][j]:,.0f} experts, "
-            f"{heat.changed[i][j]:,.0f} changed of {heat.total[i][j]:,.0f}<br>"
+            f"layer {layer}<br>{html.escape(kind)}<br>{heat.experts[i][j]:,.0f} experts"
+            f"{turned(i, j)} of {heat.total[i][j]:,.0f}<br>"
             f"{what}: {100 * (shares[i][j] or 0):.1f} %"
             for j, layer in enumerate(heat.layers)
         ]
@@ -80,7 +88,13 @@ def experts_map(heat: HeatMap) -> Figure:
 
 
 def strength_map(heat: HeatMap) -> Figure:
-    """Draw by how much each cell is turned down on average; turned up shows in the other hue."""
+    """Draw by how much each cell is turned down on average; turned up shows in the other hue.
+
+    Raises:
+        SafeglassesError: nothing was turned down yet.
+    """
+    if heat.strength is None:
+        raise SafeglassesError("there is no strength to draw", given="a map of evidence alone", do="draw experts_map")
     return _heat(heat, heat.strength, "turned down by, on average", "@glasses")
 
 
@@ -129,27 +143,49 @@ def _chance(density: dict[float, float]) -> Figure:
     }
 
 
+def _noise(ends: tuple[float, float], top: float) -> Figure:
+    """Mark how far neurons get where there is nothing to find; measured, unlike `_chance`."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "99.8 % of noise",
+        "line": {"color": "@aura", "width": 2, "dash": "2px,3px"},
+        "x": [ends[0], ends[0], None, ends[1], ends[1]],
+        "y": [_FLOOR, top, None, _FLOOR, top],
+        "hovertemplate": "noise reaches %{x:.3f}<extra></extra>",
+    }
+
+
 def auroc(histogram: Histogram) -> Figure:
-    """Draw one AUROC distribution on a log scale with the null density for the same sample sizes."""
+    """Draw one AUROC distribution on a log scale with the null density for the same sample sizes, and the noise."""
     edges, sd = histogram.edges, histogram.null_sd or 0.0
     width = edges[1] - edges[0]
     used = [i for i, c in enumerate(histogram.counts) if c] or [0]
     low = max(0.0, min(edges[used[0]], 0.5 - 4 * sd) - width)
     high = min(1.0, max(edges[used[-1] + 1], 0.5 + 4 * sd) + width)
     traces = _bars(histogram, [(a + b) / 2 for a, b in pairwise(edges)], width)
-    peak = max(*histogram.counts, 1)
+    peak = float(max(*histogram.counts, 1))
     if sd:
         density = {0.5 + sd * z / 20: math.exp(-z * z / 800) for z in range(-90, 91)}
         top = sum(histogram.counts) * width / (sd * math.sqrt(2 * math.pi))
         drawn = {x: top * y for x, y in density.items() if top * y >= 0.5 and low <= x <= high}
         traces.append(_chance(drawn))
         peak = max(peak, top)
+    if histogram.noise is not None:
+        traces.append(_noise(histogram.noise, peak))
+    span = [math.log10(_FLOOR), math.log10(peak) + 0.2]
     return {
         "data": traces,
         "layout": layout(
-            310,
+            310 if histogram.noise is None else 340,  # one more line of legend
             axis("AUROC", range=[low, high], dtick=0.1, tickformat=".1f", showgrid=False, ticks="outside"),
-            axis("neurons per bin", type="log", range=[-0.3, math.log10(peak) + 0.2], dtick=1, tickformat=",d"),
+            axis(
+                "neurons per bin",
+                type="log",
+                range=span,
+                dtick=1,
+                tickformat=",d",
+            ),
             bargap=0,
             showlegend=True,
             legend={**LEGEND, "font": {"size": 12}},

@@ -48,8 +48,8 @@
     if (event.target.closest(".reveal")) show(box, !shown);
     else if (!shown) show(box, true);
   }));
-  const every = document.querySelector("[data-reveal-all]");
-  every.addEventListener("click", () => {
+  const every = document.querySelector("[data-reveal-all]");  // only where there is hidden text
+  every?.addEventListener("click", () => {
     const shown = every.getAttribute("aria-checked") !== "true";
     every.setAttribute("aria-checked", String(shown));
     boxes.forEach((box) => show(box, shown));

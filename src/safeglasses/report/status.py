@@ -1,6 +1,6 @@
 """Traffic lights: which results are fine, which want a second look, and what was not measured at all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ class Confound:
     """Its traffic light."""
 
 
-def _level(value: Number, limits: tuple[float, float]) -> Level:
+def grade(value: Number, limits: tuple[float, float]) -> Level:
+    """Return good up to the first limit, watch up to the second, else bad."""
     value -= 1e-9  # 0.55 − 0.5 is a little more than 0.05
     if value <= limits[0]:
         return "good"
@@ -60,7 +61,7 @@ def worst(levels: list[Level]) -> Level:
 def confounds(summary: Mapping[str, Any]) -> tuple[Confound, ...]:
     """Grade every confound by its distance from 0.5."""
     return tuple(
-        Confound(name, a, "unknown" if a is None else _level(abs(a - 0.5), CONFOUND))
+        Confound(name, a, "unknown" if a is None else grade(abs(a - 0.5), CONFOUND))
         for name, a in summary["confounds"].items()
     )
 
@@ -82,7 +83,7 @@ def _utility(changes: Mapping[str, float]) -> Chip:
     if not changes:
         return Chip("unknown", "Utility not measured", "No row has slots to check answers against.")
     slot = min(changes, key=lambda s: changes[s])
-    level = _level(-changes[slot], POINTS)
+    level = grade(-changes[slot], POINTS)
     label = {"good": "Utility kept", "watch": "Some utility lost", "bad": "Utility lost"}[level]
     return Chip(level, label, f"Worst slot: {slot}, {100 * changes[slot]:+.1f} points (good to −2, watch to −5).")
 
@@ -90,7 +91,7 @@ def _utility(changes: Mapping[str, float]) -> Chip:
 def _rise(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, label: str, what: str) -> Chip:
     if old is None or new is None:
         return Chip("unknown", f"{what} not measured", f"No figure for {what.lower()} with and without glasses.")
-    level = _level(new["value"] - old["value"], POINTS)
+    level = grade(new["value"] - old["value"], POINTS)
     text = {"good": label, "watch": f"More {what.lower()}", "bad": f"Many more {what.lower()}"}[level]
     return Chip(
         level,
@@ -102,7 +103,7 @@ def _rise(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, label: s
 def _perplexity(old: Number | None, new: Number | None) -> Chip:
     if old is None or new is None:
         return Chip("unknown", "Perplexity not measured", "No benign row has a reference response.")
-    level = _level(new / old, PERPLEXITY)
+    level = grade(new / old, PERPLEXITY)
     label = {"good": "Fluency kept", "watch": "Perplexity up", "bad": "Fluency lost"}[level]
     return Chip(level, label, f"Benign perplexity {old:.3g} → {new:.3g} (good to +5 %, watch to +20 %).")
 
@@ -131,12 +132,22 @@ def chips(summary: Mapping[str, Any]) -> tuple[Chip, ...]:
         label = "Judge scored all answers" if share == 0 else f"{percent(share)} unscored"
         found.append(
             Chip(
-                _level(share, UNSCORED),
+                grade(share, UNSCORED),
                 label,
                 "Answers without a verdict are in no rate (good to 1 %, watch to 5 %).",
             )
         )
-    graded = confounds(summary)
+    found.append(confound_chip(confounds(summary), "mere lengths tell"))
+    return tuple(found)
+
+
+def confound_chip(graded: Sequence[Confound], what: str) -> Chip:
+    """Sum the confounds up in one light.
+
+    Args:
+        graded: all of them.
+        what: was rated, with its verb.
+    """
     level = worst([c.level for c in graded])
     label = {
         "good": "No confound seen",
@@ -144,10 +155,7 @@ def chips(summary: Mapping[str, Any]) -> tuple[Chip, ...]:
         "bad": "Likely confounds",
         "unknown": "Confounds not measured",
     }
-    found.append(
-        Chip(level, label[level], "How well mere lengths tell the classes apart; see the section on confounds.")
-    )
-    return tuple(found)
+    return Chip(level, label[level], f"How well {what} the classes apart; see the section on confounds.")
 
 
 def limits(summary: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ import torch
 from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.calibrate import Effort
+from safeglasses.measure.choosing import SHARES
 from safeglasses.measure.likelihood import force
 from safeglasses.measure.respond import Decoding, respond
-from safeglasses.measure.search import SHARES
 from safeglasses.model.vlm import VLM
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}

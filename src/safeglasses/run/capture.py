@@ -24,6 +24,7 @@ from safeglasses.model.anatomy import What
 from safeglasses.model.sharding import shard
 from safeglasses.model.vlm import VLM, load
 from safeglasses.progress import Progress, Quiet
+from safeglasses.report.evidence_page import write_evidence_page
 from safeglasses.run.folder import RunFolder
 from safeglasses.run.inputs import content_of, limited
 
@@ -38,6 +39,8 @@ class CaptureResult:
     """As saved in ``folder/evidence.safetensors``."""
     record: dict[str, Any]
     """The content of ``folder/evidence.json``."""
+    page: Path
+    """The same to look at: ``folder/evidence.html``."""
     folder: Path
     """The run folder."""
 
@@ -146,12 +149,13 @@ def capture_evidence(
             return None
         folder = RunFolder(path, resumed=True)
         record = describe(evidence, vlm, folder.seconds(), skipped=len(given.skipped), processes=world.size)
+        page = write_evidence_page(evidence, record, path / "evidence.html")
         write_json(path / "evidence.json", record)  # last: a folder that has it is finished
         for mark in path.glob(".ended-*"):
             mark.unlink()
         if not keep_shards:
             shutil.rmtree(path / "shards", ignore_errors=True)
-        return CaptureResult(evidence, record, path)
+        return CaptureResult(evidence, record, page, path)
 
 
 def _measured(

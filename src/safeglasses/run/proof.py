@@ -5,22 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from safeglasses.data.examples import Examples
 from safeglasses.defend.glasses import Glasses
 from safeglasses.files import sha256_file
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.selection import Selection
+from safeglasses.measure.choosing import SELECTION_RULE
 from safeglasses.measure.measurement import Measurement
 from safeglasses.measure.rows import Answer
-from safeglasses.measure.search import SELECTION_RULE, Search
+from safeglasses.measure.search import Search
 from safeglasses.model.vlm import VLM
 from safeglasses.report import record as r
+from safeglasses.report.counts import heat_map, histogram, telling
 from safeglasses.report.interpret import prompt_text, thumbnails, top_neurons
 
 SHOWN_RESPONSES = 80
-BINS = 64
 NOT_VERIFIED = (
     "Another run with another seed was not made here; --seed changes sampling, search and calibration.",
     "Whether the glasses hold in a quantised copy of the model was not measured.",
@@ -36,49 +36,6 @@ def experts(evidence: Evidence, glasses: Glasses, search: Search | None) -> Sele
     rule = search.rule
     selected = (rule.gain > 0).any(dim=1)
     return Selection({s: row[:w] for s, row, w in zip(rule.sites, selected, rule.widths, strict=True)})
-
-
-def heat_map(selected: Selection, glasses: Glasses) -> r.HeatMap:
-    """Count neurons, experts and changes per module kind and layer."""
-    sites = list(selected.masks)
-    kinds = tuple(dict.fromkeys(site.kind for site in sites))
-    layers = tuple(sorted({site.layer for site in sites}))
-    cells = {name: [[0.0] * len(layers) for _ in kinds] for name in ("total", "experts", "changed", "strength")}
-    effective = glasses.effective()
-    for site in sites:
-        row, column = kinds.index(site.kind), layers.index(site.layer)
-        cells["total"][row][column] += len(selected.masks[site])
-        cells["experts"][row][column] += int(selected.masks[site].sum())
-        if site in effective:
-            cells["changed"][row][column] += int((effective[site] != 1).sum())
-            cells["strength"][row][column] += float((1 - effective[site]).sum())
-    grids = {name: tuple(tuple(row) for row in grid) for name, grid in cells.items()}
-    return r.HeatMap(kinds=kinds, layers=layers, **grids)
-
-
-def histograms(evidence: Evidence) -> tuple[r.Histogram, ...]:
-    """Count neurons by AUROC, per pool."""
-    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
-    found = []
-    for index, pool in enumerate(evidence.pools):
-        if not min(evidence.samples[index]):
-            continue  # the pool says nothing
-        found.append(
-            r.Histogram(
-                pool=str(pool),
-                edges=tuple(edges.tolist()),
-                counts=_counts(evidence.auroc, index, edges),
-                n_toxic=evidence.samples[index][0],
-                n_non_toxic=evidence.samples[index][1],
-                held_out=_counts(evidence.held_out, index, edges) if evidence.held_out is not None else None,
-            )
-        )
-    return tuple(found)
-
-
-def _counts(auroc: Mapping[Any, Tensor], pool: int, edges: torch.Tensor) -> tuple[int, ...]:
-    values = torch.cat([rows[pool].double().cpu() for rows in auroc.values()])
-    return tuple(int(n) for n in torch.histogram(values, edges).hist)
 
 
 def trade_off(search: Search | None) -> r.TradeOff | None:
@@ -170,8 +127,8 @@ def report_data(
     notes = {f"row “{name}”": f"not measured: {why}" for name, why in missing.items()}
     return r.ReportData(
         summary=summary,
-        heat=heat_map(experts(evidence, glasses, search), glasses),
-        histograms=histograms(evidence),
+        heat=heat_map(experts(evidence, glasses, search), glasses.effective()),
+        histograms=tuple(histogram(evidence, row) for row in telling(evidence)),
         trade_off=trade_off(search),
         neurons=tuple(top_neurons(vlm, glasses, evidence, examples)),
         responses=side_by_side(before, after, decoding),
