@@ -10,16 +10,14 @@ for a while slows all three. All linear maps of the decoder are scaled: no recip
 
 import argparse
 import copy
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import CLOCKS, record
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -28,7 +26,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from safeglasses import __version__
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.weights import scale_weights
 from safeglasses.files import write_json
@@ -37,7 +34,6 @@ from safeglasses.model.vlm import load
 
 AIM = {"worn": 1.05, "folded": 1.00}
 IMAGE_TOKEN = 4
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CONDITIONS = ("base", "worn", "folded")
 
 
@@ -171,20 +167,8 @@ def main() -> None:
         write_json(
             given.out,
             {
-                "benchmark": "wearing",
-                "date": datetime.now(UTC).date().isoformat(),
-                "machine": {
-                    "cpu": platform.processor() or platform.machine(),
-                    "system": platform.system(),
-                    "threads": given.threads,
-                },
-                "versions": {
-                    "safeglasses": __version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
+                **record("wearing", **setting, clock=given.clock),
                 "model": name,
-                "setting": {**setting, "clock": given.clock},
                 **figures,
             },
         )

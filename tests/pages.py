@@ -2,7 +2,6 @@
 
 from html.parser import HTMLParser
 
-
 APART = ("td", "th", "dt", "dd", "li", "span")
 """Elements that a browser sets apart from the text before them."""
 
