@@ -16,6 +16,7 @@ from safeglasses.cli.fit import fit
 from safeglasses.cli.fold import fold
 from safeglasses.cli.inspect import inspect
 from safeglasses.cli.measure import measure
+from safeglasses.cli.memory import keep_freed_memory
 from safeglasses.cli.outcome import Outcome
 from safeglasses.cli.report import report
 from safeglasses.cli.trouble import announce, of_bug, of_system, of_usage
@@ -53,7 +54,8 @@ def _common(
 
 
 def main() -> int:
-    """Be the installed command: set logging up, make a bug a short message too (status 1), and `execute`."""
+    """Be the installed command: set the process up, make a bug a short message too (status 1), and `execute`."""
+    keep_freed_memory()
     debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("safeglasses").setLevel(logging.DEBUG if debug else logging.WARNING)
