@@ -3,32 +3,38 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from safeglasses.model.vlm import VLM, Batch
 
 
 @dataclass(frozen=True)
 class Forced:
-    """Next-token distributions along the responses of one batch; the turn's end is part of a response."""
+    """Next-token distributions along the responses of one batch; the turn's end is part of a response.
 
-    log_probs: Float[Tensor, "sample token vocab"]
-    """Log-probabilities; column t predicts the t-th token of the window."""
-    token_log_probs: Float[Tensor, "sample token"]
-    """Log-probability of the token that stands there; 0 outside the response. Natural logarithm."""
-    mask: Bool[Tensor, "sample token"]
-    """Which columns predict a token of the response."""
+    Only tokens of responses are kept, sample after sample: a distribution over 32,000 words is dear, and the padding of
+    responses and prompts of many lengths would be most of them.
+    """
+
+    log_probs: Float[Tensor, "token vocab"]
+    """Log-probabilities of what could have stood at each response token."""
+    token_log_probs: Float[Tensor, " token"]
+    """Log-probability of the token that stands there. Natural logarithm."""
+    sample: Int[Tensor, " token"]
+    """Which sample of the batch each token belongs to."""
+    samples: int
+    """Size of the batch."""
 
     @property
     def totals(self) -> Float[Tensor, " sample"]:
         """Log-probability of each whole response, in nats."""
-        return self.token_log_probs.sum(1)
+        return self.token_log_probs.new_zeros(self.samples).index_add(0, self.sample, self.token_log_probs)
 
     def kl_from(self, base: "Forced") -> Float[Tensor, ""]:
-        """KL(base ‖ self) in nats, averaged over all predicted response tokens of the batch."""
-        per_token = (base.log_probs.exp() * (base.log_probs - self.log_probs)).sum(-1)
-        return (per_token * self.mask).sum() / self.mask.sum()
+        """KL(base ‖ self) in nats, averaged over all response tokens of the batch."""
+        return kl_div(self.log_probs, base.log_probs, reduction="batchmean", log_target=True)
 
 
 def force(vlm: VLM, batch: Batch) -> Forced:
@@ -38,9 +44,9 @@ def force(vlm: VLM, batch: Batch) -> Forced:
     the others would be most of the memory.
     """
     start = int(batch.prompt_length.min()) - 1
-    logits = vlm.forward(batch, logits_from=start)
-    log_probs = torch.log_softmax(logits[:, :-1].float(), -1)
-    targets = batch.inputs["input_ids"][:, start + 1 :]
     mask = batch.response_mask[:, start + 1 :]
-    tokens = log_probs.gather(-1, targets[..., None])[..., 0] * mask
-    return Forced(log_probs, tokens, mask)
+    logits = vlm.forward(batch, logits_from=start)[:, :-1][mask]
+    log_probs = torch.log_softmax(logits.float(), -1)
+    targets = batch.inputs["input_ids"][:, start + 1 :][mask]
+    tokens = log_probs.gather(-1, targets[:, None])[:, 0]
+    return Forced(log_probs, tokens, mask.nonzero()[:, 0], len(mask))
