@@ -7,7 +7,7 @@
 | ``damp`` | same | same | same | 0.5 |
 | ``sgm-early`` | same | mean over all tokens | AUROC > 0.3 | 1 − Gini, not clamped: up to 1.4 |
 | ``sgm`` | outputs of all linear maps | last prompt token; max over response | FDR 5 % | 1 − max Gini |
-| ``sgm-calibrated`` | same | same | AUROC > 0.55 or < 0.45, also held out | 1 − λ·max |Gini|, λ learned |
+| ``sgm-calibrated`` | same | same | AUROC > 0.52 or < 0.48, also held out | 1 − λ·max |Gini|, λ learned |
 
 Gini = 2 (AUROC − 0.5).
 
@@ -256,7 +256,7 @@ _NAMED = (
         "linears",
         (_LAST, _MAX),
         "calibrated",
-        threshold=0.55,
+        threshold=0.52,
         two_sided=True,
         granularity="neuron",
         confirmed=True,

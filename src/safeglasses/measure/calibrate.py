@@ -36,7 +36,7 @@ class Effort:
     """Rounds of sampling the model's own toxic answers."""
     steps: int = 60
     """Gradient steps per round."""
-    prompts: int = 256
+    prompts: int = 512
     """Prompts that the model answers at the start of each round."""
     batch: int = 32
     """Contrasts, and benign prompts, per step."""
@@ -46,14 +46,12 @@ class Effort:
 class Objective:
     """The weights of the loss; `beta` is searched, the others are fixed."""
 
-    beta: float = 100.0
+    beta: float = 150.0
     """Weight of KL(base ‖ worn) on benign prompts."""
     margin: float = 5.0
     """Nats by which a benign answer should beat a toxic one."""
     odds: float = 0.3
     """Weight of the log-odds term."""
-    keep: float = 0.15
-    """Weight of the benign answer's negative log-likelihood under the eliciting prompt."""
     learning_rate: float = 0.3
     """Adam's step in units of strength."""
     start: float = 0.1
@@ -78,7 +76,7 @@ class Keep:
     def __init__(self, vlm: VLM, examples: Sequence[Example], size: int) -> None:
         chats = [e.chat() for e in examples]
         order = batches([(e.n_images, n) for e, n in zip(examples, vlm.lengths(chats), strict=True)], size)
-        self.batches = [vlm.encode([chats[i] for i in rows], end_of_turn=True) for rows in order]
+        self.batches = [vlm.encode([chats[i] for i in rows], padding_side="left", end_of_turn=True) for rows in order]
         with torch.no_grad():
             self.base: list[Forced] = [force(vlm, b.to(vlm.device)) for b in self.batches]
 
@@ -94,7 +92,7 @@ def _encode(vlm: VLM, contrasts: Sequence[Contrast], size: int) -> list[Batch]:
     benign = [replace(c.prompt, response=c.benign).chat() for c in contrasts]
     keys = [(c.prompt.n_images, n) for c, n in zip(contrasts, vlm.lengths(toxic), strict=True)]
     return [
-        vlm.encode([toxic[i] for i in rows] + [benign[i] for i in rows], end_of_turn=True)
+        vlm.encode([toxic[i] for i in rows] + [benign[i] for i in rows], padding_side="left", end_of_turn=True)
         for rows in batches(keys, size)
     ]
 
@@ -125,9 +123,9 @@ def run_round(
 ) -> tuple[Float[Tensor, "*group"], float, float]:
     """Take `effort.steps` Adam steps on the strengths; return them with the mean loss and KL at the end.
 
-    loss = odds · softplus(log p(toxic) − log p(benign) + margin) + keep · (−log p(benign)) + beta · KL(base ‖ worn),
-    projected on strengths ≥ 0 after every step. Adam and its cosine schedule start afresh each round, so that a
-    round depends on its inputs alone.
+    loss = odds · softplus(log p(toxic) − log p(benign) + margin) + beta · KL(base ‖ worn), projected on
+    strengths ≥ 0 after every step. Adam and its cosine schedule start afresh each round, so that a round depends on
+    its inputs alone.
     """
     generator = torch.Generator().manual_seed(seed)
     encoded = _encode(vlm, contrasts, effort.batch)
@@ -146,7 +144,7 @@ def run_round(
             toxic, benign = totals[:half], totals[half:]
             odds = softplus(toxic - benign + objective.margin).mean()
             kl = keep.kl(vlm, int(torch.randint(len(keep.batches), (1,), generator=generator)))
-        loss = objective.odds * odds - objective.keep * benign.mean() + objective.beta * kl
+        loss = objective.odds * odds + objective.beta * kl
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

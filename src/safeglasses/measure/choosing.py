@@ -14,8 +14,8 @@ SELECTION_RULE = (
     "perplexity at most 3 % above it, refusals on benign and empty answers at most 1 point above it); ties: the "
     "earlier candidate; its strengths are then learned once more from both splits"
 )
-THRESHOLDS = (0.55, 0.53, 0.6)
-BETAS = (50.0, 100.0, 200.0)
+THRESHOLDS = (0.52, 0.5, 0.55)
+BETAS = (75.0, 150.0, 300.0)
 SHARES = (1.0, 0.85)
 
 

@@ -35,9 +35,9 @@ LADDER = (
     Plan(1, Effort(2, 40, 192, 24)),
     Plan(1, Effort(2, 50, 256, 24)),
     Plan(),
-    Plan(2, Effort(3, 60, 256, 32)),
-    Plan(4, Effort(3, 60, 384, 32)),
-    Plan(8, Effort(3, 60, 384, 32)),
+    Plan(2, Effort(3, 60, 512, 32)),
+    Plan(4, Effort(3, 60, 512, 32)),
+    Plan(8, Effort(3, 60, 512, 32)),
     Plan(16, Effort(4, 80, 512, 32)),
 )
 
