@@ -60,6 +60,11 @@ def choices(pools: Sequence[Pool]) -> dict[str, list]:
     return {"pools": subsets, "threshold": list(THRESHOLDS), "beta": list(BETAS)}
 
 
+def default_choice(pools: Sequence[Pool]) -> Choice:
+    """What is tried first: all evidence together, the middle β."""
+    return Choice(tuple(map(str, pools)), THRESHOLDS[0], BETAS[1])
+
+
 def suggest(done: Sequence[tuple[Choice, float]], pools: Sequence[Pool], seed: int) -> Choice:
     """Ask Optuna for the next choice, given all finished trials.
 
@@ -67,7 +72,7 @@ def suggest(done: Sequence[tuple[Choice, float]], pools: Sequence[Pool], seed: i
     """
     space = choices(pools)
     if not done:
-        return Choice(tuple(space["pools"][0].split("+")), THRESHOLDS[0], BETAS[1])
+        return default_choice(pools)
     distributions: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.CategoricalDistribution(values) for name, values in space.items()
     }

@@ -6,28 +6,25 @@ Its choices made, its strengths are learned once more from the find and the cali
 wordings, and nothing is left to choose.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jaxtyping import Float
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import CalibratedRule, Recipe
-from safeglasses.errors import SafeglassesError
-from safeglasses.files import atomic_write_bytes, read_json, write_json
+from safeglasses.files import read_json, write_json
 from safeglasses.find.evidence import Evidence
-from safeglasses.find.pools import Pool
-from safeglasses.measure.calibrate import Effort, Keep, Objective, frozen, own_toxic, run_round
-from safeglasses.measure.choosing import SELECTION_RULE, SHARES, Choice, excess, figures_of, suggest
-from safeglasses.measure.contrasts import CalibrationData, Contrast, Lessons
+from safeglasses.measure.calibrate import Effort, Keep, frozen
+from safeglasses.measure.choosing import SELECTION_RULE, SHARES, Choice, default_choice, suggest
+from safeglasses.measure.contrasts import CalibrationData
+from safeglasses.measure.front import FRONT_BETAS, Front, Point, retrace, sweep
+from safeglasses.measure.held_out import HeldOut
 from safeglasses.measure.judges import Judge
-from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
-from safeglasses.model.hooks import scaled
+from safeglasses.measure.teaching import Taught, Teacher, drawn
 from safeglasses.model.vlm import VLM
 
 
@@ -46,8 +43,8 @@ class Candidate:
     strengths: Float[Tensor, "*group"]
     """The learned scalars."""
     figures: dict[str, float]
-    """Held-out figures: ``harmful``, ``utility:<slot>``, ``perplexity``, ``refusals``, ``empty``, ``training_kl``,
-    ``loss``, ``excess``, ``score``."""
+    """Held-out figures: ``harmful``, ``utility:<slot>``, ``perplexity``, ``refusals``, ``empty``, ``kl``,
+    ``harmful_error``, ``damage``, ``damage_error``, ``training_kl``, ``loss``, ``excess``, ``score``."""
 
     @property
     def score(self) -> float:
@@ -74,20 +71,6 @@ class Search:
         return self.rule.n_strengths
 
 
-@dataclass(frozen=True)
-class _Taught:
-    """What a round leaves to the next."""
-
-    strengths: Float[Tensor, "*group"]
-    """The learned scalars."""
-    own_toxic: tuple[Contrast, ...]
-    """The model's own toxic answers, as it stood at the start of the round."""
-    loss: float
-    """Mean loss at the end."""
-    kl: float
-    """Mean KL at the end, nats per token."""
-
-
 class Calibration:
     """One search; state lives in `folder`, a round at a time, so that a killed run goes on where it was."""
 
@@ -106,9 +89,19 @@ class Calibration:
         max_new_tokens: int,
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
-        self.vlm, self.evidence, self.data, self.judge, self.recipe = vlm, evidence, data, judge, recipe
-        self.effort, self.folder, self.refusals, self.seed = effort, folder, refusals, seed
-        self.max_new_tokens, self.on_step = max_new_tokens, on_step
+        self.data, self.recipe, self.effort, self.folder = data, recipe, effort, folder
+        self.vlm, self.judge, self.refusals, self.seed = vlm, judge, refusals, seed
+        self.teacher = Teacher(
+            vlm, evidence, judge, recipe, effort, seed=seed, max_new_tokens=max_new_tokens, on_step=on_step
+        )
+        self.held_out = HeldOut(
+            vlm,
+            tuple(drawn(data.held_out, 2 * effort.prompts, seed, 2, key=lambda e: e.id)),
+            judge,
+            refusals,
+            Decoding("sampled", temperature=1.0, max_new_tokens=max_new_tokens, seed=seed + 1),
+            folder,
+        )
 
     def search(self, trials: int) -> Search:
         """Run the trials and pick the best candidate.
@@ -117,27 +110,53 @@ class Calibration:
             SafeglassesError: the evidence leaves nothing to turn down.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.base = self._base_figures()
-        keep = self._keep(self.data.find)
+        base = self.held_out.base
+        keep = self.teacher.keep(self.data.find)
         done: list[tuple[Choice, float]] = []
         candidates: list[Candidate] = []
-        with frozen(self.vlm):
-            for trial in range(trials):
-                found = self._trial(trial, suggest(done, self.recipe.pools, self.seed), keep)
-                candidates += found
-                done.append((found[0].choice, min(c.score for c in found)))
+        for trial in range(trials):
+            found = self._trial(trial, suggest(done, self.recipe.pools, self.seed), keep)
+            candidates += found
+            done.append((found[0].choice, min(c.score for c in found)))
         best = min(candidates, key=lambda c: c.score)
-        return Search(best, tuple(candidates), self.base, self.rule(best.choice))
+        return Search(best, tuple(candidates), base, self.teacher.rule(best.choice))
+
+    def front(
+        self,
+        betas: Sequence[float] = FRONT_BETAS,
+        *,
+        choice: Choice | None = None,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Front:
+        """Calibrate a sweep of β, each point warm-started from the one before; see `safeglasses.measure.front`.
+
+        Args:
+            betas: in any order; the largest is the first.
+            choice: evidence and threshold; without, those of a search's first trial.
+            enough: asked between points; true stops the sweep. The first point is always made.
+
+        Raises:
+            SafeglassesError: no β, one twice, or one that is not positive; the evidence leaves nothing to turn down.
+        """
+        folder = self.folder / "front"
+        chosen = default_choice(self.recipe.pools) if choice is None else choice
+        return sweep(self.teacher, self.held_out, self.data.find, chosen, betas, folder, enough=enough)
+
+    def front_glasses(self, front: Front, point: Point) -> Glasses:
+        """Make glasses of a point, its strengths learned once more along the same way from both splits."""
+        strengths = retrace(self.teacher, front, point, self.data.both, self.folder / "refit")
+        return front.glasses(replace(point, strengths=strengths))
 
     def refit(self, search: Search) -> Float[Tensor, "*group"]:
         """Learn the strengths of the best candidate once more, from both splits, as many rounds as it had."""
         folder = self.folder / "refit"
         folder.mkdir(exist_ok=True)
-        best, keep = search.best, self._keep(self.data.both)
-        taught: list[_Taught] = []
+        best, keep = search.best, self.teacher.keep(self.data.both)
+        taught: list[Taught] = []
         with frozen(self.vlm):
             for index in range(best.round + 1):
-                taught.append(self._teach(folder, best.trial, index, best.choice, taught, self.data.both, keep))
+                seed = self._seed(best.trial, index)
+                taught.append(self.teacher.teach(folder, index, best.choice, taught, self.data.both, keep, seed=seed))
         return taught[-1].strengths
 
     def glasses(self, search: Search) -> Glasses:
@@ -155,119 +174,30 @@ class Calibration:
         glasses = rule.glasses(strengths, recipe=self.recipe.name, notes=notes)
         return replace(glasses, factors=glasses.at(best.share).effective())
 
-    def rule(self, choice: Choice) -> CalibratedRule:
-        """Make the rule of a choice."""
-        pools = tuple(Pool.parse(p) for p in choice.pools)
-        return CalibratedRule.from_evidence(
-            self.evidence,
-            pools=pools,
-            threshold=choice.threshold,
-            clamp=self.recipe.clamp,
-            two_sided=self.recipe.two_sided,
-            granularity=self.recipe.granularity,
-            confirmed=self.recipe.confirmed,
-        )
-
-    def _sample(self, examples: Sequence, k: int, salt: int) -> list:
-        """At most `k` examples, the same at every call."""
-        keyed = sorted(examples, key=lambda e: hashlib.sha256(f"{self.seed}:{salt}:{e.id}".encode()).digest())
-        return keyed[:k]
-
-    def _measure(self) -> Measurement:
-        decoding = Decoding("sampled", temperature=1.0, max_new_tokens=self.max_new_tokens, seed=self.seed + 1)
-        held_out = self._sample(self.data.held_out, 2 * self.effort.prompts, 2)
-        return measure(self.vlm, held_out, self.judge, decodings=(decoding,), refusals=self.refusals)
-
-    def _base_figures(self) -> dict[str, float]:
-        path = self.folder / "base.json"
-        if not path.exists():
-            write_json(path, figures_of(self._measure()))
-        return read_json(path)
-
-    def _keep(self, lessons: Lessons) -> Keep:
-        return Keep(self.vlm, self._sample(lessons.benign, 4 * self.effort.prompts, 1), self.effort.batch)
+    def _seed(self, trial: int, index: int) -> int:
+        return self.seed + 1000 * trial + index
 
     def _trial(self, number: int, choice: Choice, keep: Keep) -> list[Candidate]:
         folder = self.folder / f"trial-{number:02d}"
         folder.mkdir(exist_ok=True)
-        rule = self.rule(choice)
-        if rule.n_experts == 0:
-            raise SafeglassesError(
-                "no expert neurons: calibration has nothing to turn down",
-                given=f"evidence {' + '.join(choice.pools)}, AUROC > {choice.threshold}",
-                do="check that the classes differ (see confounds in the report), or give more pairs",
-            )
+        rule = self.teacher.rule(choice)
         candidates: list[Candidate] = []
-        taught: list[_Taught] = []
-        for index in range(self.effort.rounds):
-            taught.append(self._teach(folder, number, index, choice, taught, self.data.find, keep))
-            strengths = taught[-1].strengths
-            for share, figures in zip(SHARES, self._compared(folder, index, rule, taught[-1]), strict=True):
-                candidates.append(Candidate(number, index, choice, share, strengths, figures))
+        taught: list[Taught] = []
+        with frozen(self.vlm):
+            for index in range(self.effort.rounds):
+                seed = self._seed(number, index)
+                taught.append(self.teacher.teach(folder, index, choice, taught, self.data.find, keep, seed=seed))
+                strengths = taught[-1].strengths
+                for share, figures in zip(SHARES, self._compared(folder, index, rule, taught[-1]), strict=True):
+                    candidates.append(Candidate(number, index, choice, share, strengths, figures))
         return candidates
 
-    def _teach(
-        self,
-        folder: Path,
-        trial: int,
-        index: int,
-        choice: Choice,
-        before: Sequence["_Taught"],
-        lessons: Lessons,
-        keep: Keep,
-    ) -> "_Taught":
-        """Run round `index`, or read it when an earlier run has finished it."""
-        tensors, record = folder / f"round-{index}.safetensors", folder / f"round-{index}.json"
-        if record.exists():  # written last
-            kept, by_id = read_json(record), {p.id: p for p in lessons.eliciting}
-            own = tuple(Contrast(by_id[i], toxic, benign) for i, toxic, benign in kept["own_toxic"])
-            for _ in range(self.effort.steps):
-                self.on_step()
-            return _Taught(load_file(tensors)["strengths"], own, kept["loss"], kept["kl"])
-        rule, seed = self.rule(choice), self.seed + 1000 * trial + index
-        strengths = before[-1].strengths if before else rule.start(Objective.start)
-        # The first round listens to the untouched model, later ones to the model as it stands.
-        with scaled(self.vlm.model, self.vlm.anatomy, rule.factors(strengths) if before else {}):
-            prompts = self._sample(lessons.eliciting, self.effort.prompts, 10 + index)
-            new = own_toxic(self.vlm, prompts, self.judge, seed=seed, max_new_tokens=self.max_new_tokens)
-        mined: list[Contrast] = []
-        for earlier in before:
-            mined = [*earlier.own_toxic, *mined[: self.effort.prompts]]
-        given = self._sample_contrasts(lessons, max(self.effort.prompts, len(new)), index)
-        strengths, loss, kl = run_round(
-            self.vlm,
-            rule,
-            strengths,
-            [*new, *mined, *given],
-            keep,
-            objective=Objective(beta=choice.beta),
-            effort=self.effort,
-            seed=seed,
-            on_step=self.on_step,
-        )
-        atomic_write_bytes(tensors, save({"strengths": strengths}))
-        told = [[c.prompt.id, c.toxic, c.benign] for c in new]
-        write_json(record, {"choice": asdict(choice), "loss": loss, "kl": kl, "own_toxic": told})
-        return _Taught(strengths, tuple(new), loss, kl)
-
-    def _compared(self, folder: Path, index: int, rule: CalibratedRule, taught: "_Taught") -> list[dict[str, float]]:
+    def _compared(self, folder: Path, index: int, rule: CalibratedRule, taught: Taught) -> list[dict[str, float]]:
         """Measure a round's strengths on the calibrate split, for every share of them that may be worn."""
         path = folder / f"figures-{index}.json"
-        if path.exists():
-            return read_json(path)
-        figures = []
-        for share in SHARES:
-            worn = {site: 1 - share * (1 - row) for site, row in rule.factors(taught.strengths).items()}
-            with scaled(self.vlm.model, self.vlm.anatomy, worn):
-                seen = figures_of(self._measure())
-            seen |= {"loss": taught.loss, "training_kl": taught.kl, "excess": excess(seen, self.base)}
-            figures.append({**seen, "score": seen["harmful"] + seen["excess"]})
-        write_json(path, figures)
-        return figures
-
-    def _sample_contrasts(self, lessons: Lessons, k: int, salt: int) -> list[Contrast]:
-        keyed = sorted(
-            lessons.contrasts,
-            key=lambda c: hashlib.sha256(f"{self.seed}:{salt}:{c.prompt.id}".encode()).digest(),
-        )
-        return keyed[:k]
+        if not path.exists():
+            learned = rule.factors(taught.strengths)
+            worn = [{site: 1 - share * (1 - row) for site, row in learned.items()} for share in SHARES]
+            told = {"loss": taught.loss, "training_kl": taught.kl}
+            write_json(path, [self.held_out.figures(factors) | told for factors in worn])
+        return read_json(path)
