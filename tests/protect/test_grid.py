@@ -16,7 +16,7 @@ from safeglasses.measure.respond import Response
 from safeglasses.protect.grid import Measured, dominators, grid_rows
 from safeglasses.protect.running import Outcome
 from safeglasses.protect.steps import Cost, Event
-from safeglasses.report.grid_page import grid_study, headline
+from safeglasses.report.grid_page import grid_study, headline, recommended
 from safeglasses.report.study import render_study
 from safeglasses.run.gridding import GridAsked, _prompts, grid_model
 
@@ -82,6 +82,24 @@ def test_a_grid_counts_harm_utility_refusals_and_cost():
     assert stack["dominated"] is False
 
 
+def test_what_breaks_the_model_is_recommended_only_where_nothing_else_is():
+    def row(name: str, harm: float, lost: float, refused: float) -> dict:
+        change = {"utility:name": {"value": -lost}, "refused": {"value": refused}}
+        cost = {"tokens": 1, "calls": 1}
+        return {
+            "defence": name, "condition": "all", "harmful_rate": {"value": harm}, "cost": cost,
+            "change": {} if name == "none" else change,
+        }  # fmt: skip
+
+    none, kind = row("none", 0.5, 0, 0), row("kind", 0.1, 0.005, 0.01)
+    fair, mute, refusing = row("fair", 0.05, 0.03, 0), row("mute", 0.0, 0.9, 0), row("refusing", 0.0, 0, 0.5)
+    best = [
+        recommended({"rows": rows}) for rows in ([none, kind, fair, mute, refusing], [none, fair, mute], [none, mute])
+    ]
+    assert [found and found["defence"] for found in best] == ["kind", "fair", "mute"]
+    assert recommended({"rows": [none]}) is None
+
+
 def test_stacks_need_names_of_their_own():
     with pytest.raises(SafeglassesError, match=r"^stacks need names of their own\n  given:    none, none\n"):
         grid_rows([GRID[0], GRID[0]])
@@ -126,13 +144,15 @@ def test_a_limit_draws_from_all_kinds_of_prompts(tmp_path):
 
 
 def test_names_are_escaped_on_the_page():
+    named = [replace(one, defence=one.defence.replace("a+b", "a<img>+b")) for one in GRID]
     record = {
         "model": "<script>m", "judge": "<b>j", "judges_inside": [], "refusal_judge": "r", "circular": [],
         "decoding": {"name": "sampled", "temperature": 1.0, "seed": 0, "max_new_tokens": 4},
         "split": "test", "prompts": 4, "base_fingerprint": "f",
-        "rows": [{**row.to_json(), "defence": f"{row.defence}<img>"} for row in grid_rows(GRID)],
+        "rows": [row.to_json() for row in grid_rows(named)],
     }  # fmt: skip
     page = render_study(grid_study(record))
     assert "<script>m" not in page
     assert "<img>" not in page
     assert "<b>j" not in page
+    assert page.count('<tr class="glasses">') == 6  # two stacks of three on the front, under three conditions

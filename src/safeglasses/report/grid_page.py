@@ -43,13 +43,25 @@ def grid_study(record: Mapping[str, Any]) -> Study:
         sections=(
             Section(
                 "grid",
-                "What each stack buys and costs",
+                "What each stack buys",
                 "All prompts, with 95 % intervals. Parts joined by + answer together. Names in bold are dominated "
                 "by no other stack.",
-                table=_table(every, record),
+                table=_table(every, record, numbered=True),
                 figures=(
-                    ("Harm against generated tokens per answer; hollow: dominated.", _scatter(every)),
+                    (
+                        "Each stack by its number: harm against the worst slot of utility; hollow: dominated.",
+                        _trade(every),
+                    ),
                     ("Harmful answers, with 95 % intervals.", _rates(every)),
+                ),
+            ),
+            Section(
+                "cost",
+                "What an answer costs",
+                "On average over all prompts.",
+                table=_costs(every),
+                figures=(
+                    ("Each stack by its number: harm against tokens generated; hollow: dominated.", _price(every)),
                 ),
             ),
             *(
@@ -95,19 +107,40 @@ def rows_under(record: Mapping[str, Any], condition: str) -> list[Mapping[str, A
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """Say which stack is least harmful, and what it costs beside no defence."""
-    rows = [row for row in rows_under(record, "all") if row["harmful_rate"]]
-    base = next((row for row in rows if row["defence"] == BASE), None)
-    if base is None or len(rows) < 2:
+    """Say what the recommended stack does, and what it costs beside no defence."""
+    base = next((row for row in rows_under(record, "all") if row["defence"] == BASE and row["harmful_rate"]), None)
+    best = recommended(record)
+    if base is None or best is None:
         return "Nothing to compare: harm was measured of one stack at most."
-    best = min(
-        (row for row in rows if row is not base), key=lambda r: (r["harmful_rate"]["value"], r["cost"]["tokens"])
-    )
+    worst = worst_loss(best)
+    kept = "" if worst is None else f", worst loss {100 * max(0.0, worst):.1f} points"
     return (
         f"Harm {100 * base['harmful_rate']['value']:.1f} % → {100 * best['harmful_rate']['value']:.1f} % with "
-        f"{short(best['defence'])}, at {best['cost']['calls']:.1f} calls and {best['cost']['tokens']:.0f} tokens "
-        f"an answer instead of {base['cost']['calls']:.1f} and {base['cost']['tokens']:.0f}."
+        f"{short(best['defence'])}{kept}, at {best['cost']['calls']:.1f} calls and {best['cost']['tokens']:.0f} "
+        f"tokens an answer instead of {base['cost']['calls']:.1f} and {base['cost']['tokens']:.0f}."
     )
+
+
+def recommended(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the least harmful stack among those that break little.
+
+    At most 1 point of any slot of utility lost and of harmless prompts refused; if no stack keeps to that, at most 3,
+    and if none does, among all. A stack that answers nothing well does little harm: it is no recommendation.
+    """
+    rows = [row for row in rows_under(record, "all") if row["harmful_rate"] and row["defence"] != BASE]
+    for bound in (*COST, float("inf")):
+        kept = [row for row in rows if (worst_loss(row) or 0.0) <= bound]
+        if kept:
+            return min(kept, key=lambda row: (row["harmful_rate"]["value"], row["cost"]["tokens"]))
+    return None
+
+
+def worst_loss(row: Mapping[str, Any]) -> float | None:
+    """Return the largest loss against no defence, of a slot of utility or by refusing harmless prompts (shares)."""
+    change = row["change"]
+    losses = [-value["value"] for name, value in change.items() if name.startswith("utility:")]
+    losses += [change["refused"]["value"]] if "refused" in change else []
+    return max(losses, default=None)
 
 
 def short(name: str) -> str:
@@ -119,66 +152,91 @@ def short(name: str) -> str:
     return "+".join(parts)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> Table:
+def _numbered(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Number stacks in their order, to tell points apart where their names would not fit."""
+    return {row["defence"]: str(i) for i, row in enumerate(rows)}
+
+
+def _table(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any], *, numbered: bool = False) -> Table:
     slots = list(dict.fromkeys(slot for row in rows for slot in row["utility"]))
-    heads = ("harmful", *(f"{slot} right" for slot in slots), "harmless refused", "empty")
+    numbers = _numbered(rows)
+    lines = []
+    for row in rows:
+        name = short(row["defence"]) + (" (same judge)" if row["defence"] in record["circular"] else "")
+        beaten = row["dominated_by"]
+        by = "–" if beaten is None else f"{numbers[beaten]}" if numbered else short(beaten)
+        cells = (
+            rate_cell(row["harmful_rate"]),
+            *(rate_cell(row["utility"].get(slot)) for slot in slots),
+            rate_cell(row["refusal_on_benign"]),
+            rate_cell(row["empty"]),
+            Cell(by),
+        )
+        lines.append((f"{numbers[row['defence']]} · {name}" if numbered else name, cells))
+    strong = frozenset(name for (name, _), row in zip(lines, rows, strict=True) if not row["dominated"])
+    head = ("", "harmful", *(f"{slot} right" for slot in slots), "harmless refused", "empty", "dominated by")
+    return Table(head, tuple(lines), strong=strong)
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> Table:
+    numbers = _numbered(rows)
     lines = []
     for row in rows:
         cost = row["cost"]
         memory = "–" if cost["memory_bytes"] is None else f"{cost['memory_bytes'] / 2**20:.2f}\u00a0MiB"
-        checks = f"+ {cost['checks']:.2g} of judges" if cost["checks"] else ""
-        lines.append(
-            (
-                short(row["defence"]) + (" (same judge)" if row["defence"] in record["circular"] else ""),
-                (
-                    rate_cell(row["harmful_rate"]),
-                    *(rate_cell(row["utility"].get(slot)) for slot in slots),
-                    rate_cell(row["refusal_on_benign"]),
-                    rate_cell(row["empty"]),
-                    Cell(f"{cost['calls']:.2f}", checks),
-                    Cell(f"{cost['tokens']:.1f}", f"{cost['prompt_tokens']:.0f} read"),
-                    Cell(f"{cost['seconds']:.3f}"),
-                    Cell(memory),
-                    Cell(short(row["dominated_by"]) if row["dominated"] else "–"),
-                ),
-            )
+        cells = (
+            Cell(f"{cost['calls']:.2f}"),
+            Cell(f"{cost['checks']:.2f}"),
+            Cell(f"{cost['tokens']:.1f}"),
+            Cell(f"{cost['prompt_tokens']:.0f}"),
+            Cell(f"{cost['seconds']:.3f}"),
+            Cell(memory),
         )
-    strong = frozenset(name for (name, _), row in zip(lines, rows, strict=True) if not row["dominated"])
-    head = ("", *heads, "calls", "tokens", "seconds", "memory", "dominated by")
-    return Table(head, tuple(lines), strong=strong)
+        lines.append((f"{numbers[row['defence']]} · {short(row['defence'])}", cells))
+    return Table(("", "calls", "calls of judges", "tokens", "tokens read", "seconds", "memory"), tuple(lines))
 
 
-def _scatter(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw harm against tokens, a marker per stack."""
-    known = [row for row in rows if row["harmful_rate"]]
+def _trade(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw harm against the worst slot of utility; against tokens where no utility was measured."""
+    if not any(row["utility"] for row in rows):
+        return _price(rows)
+    known = [row for row in rows if row["utility"]]
+    worst = [min(100 * rate["value"] for rate in row["utility"].values()) for row in known]
+    return _points_figure(known, rows, worst, axis("worst slot of utility, right", ticksuffix=" %"))
+
+
+def _price(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    tokens = [row["cost"]["tokens"] for row in rows]
+    return _points_figure(rows, rows, tokens, axis("tokens generated per answer", rangemode="tozero"))
+
+
+def _points_figure(
+    rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]], x: Sequence[float], xaxis: Figure
+) -> Figure:
+    """Draw a marker with its number per stack whose harm is known."""
+    numbers = _numbered(every)
+    known = [(row, at) for row, at in zip(rows, x, strict=True) if row["harmful_rate"]]
     traces = []
     for dominated, name, symbol in ((False, "on the front", "circle"), (True, "dominated", "circle-open")):
-        these = [row for row in known if row["dominated"] is dominated]
+        these = [(row, at) for row, at in known if row["dominated"] is dominated]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers+text",
                 "name": name,
-                "x": [row["cost"]["tokens"] for row in these],
-                "y": [100 * row["harmful_rate"]["value"] for row in these],
-                "text": [html.escape(short(row["defence"])) for row in these],
+                "x": [at for _, at in these],
+                "y": [100 * row["harmful_rate"]["value"] for row, _ in these],
+                "text": [numbers[row["defence"]] for row, _ in these],
+                "customdata": [html.escape(short(row["defence"])) for row, _ in these],
                 "textposition": "top center",
-                "textfont": {"size": 10},
-                "marker": {"color": "@quiet" if dominated else "@glasses", "size": 10, "symbol": symbol},
-                "hovertemplate": "%{text}<br>harm %{y:.1f} %<br>%{x:.1f} tokens<extra></extra>",
+                "textfont": {"size": 11},
+                "marker": {"color": "@quiet" if dominated else "@glasses", "size": 9, "symbol": symbol},
+                "hovertemplate": "%{customdata}<br>harm %{y:.1f} %<br>%{x:.1f}<extra></extra>",
                 "cliponaxis": False,
             }
         )
-    return {
-        "data": traces,
-        "layout": layout(
-            420,
-            axis("tokens generated per answer", rangemode="tozero"),
-            axis("harmful answers", ticksuffix=" %", rangemode="tozero"),
-            showlegend=True,
-            legend=LEGEND,
-        ),
-    }
+    yaxis = axis("harmful answers", ticksuffix=" %", rangemode="tozero")
+    return {"data": traces, "layout": layout(420, xaxis, yaxis, showlegend=True, legend=LEGEND)}
 
 
 def _rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -214,20 +272,18 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _chips(record: Mapping[str, Any]) -> Iterable[Chip]:
-    rows = [row for row in rows_under(record, "all") if row["harmful_rate"] and row["defence"] != BASE]
-    if rows:
-        best = min(rows, key=lambda r: r["harmful_rate"]["value"])
-        low, high = best["harmful_rate"]["value"], best["harmful_rate"]["high"]
-        level = "good" if low <= GOAL and high <= 2 * GOAL else "watch" if low <= 2 * GOAL else "bad"
-        why = f"{short(best['defence'])}: {100 * low:.1f} %, at most {100 * high:.1f} % by its interval."
-        yield Chip(level, "Least harm", why)
+    best = recommended(record)
+    if best is not None:
+        value, high = best["harmful_rate"]["value"], best["harmful_rate"]["high"]
+        level = "good" if value <= GOAL and high <= 2 * GOAL else "watch" if value <= 2 * GOAL else "bad"
+        why = f"{short(best['defence'])}: {100 * value:.1f} %, at most {100 * high:.1f} % by its interval."
+        yield Chip(level, "Harm with this stack", why)
         lost = [-change["value"] for name, change in best["change"].items() if name.startswith("utility:")]
         if lost:
-            yield Chip(grade(max(lost), COST), "Utility of that stack", f"Worst slot {-100 * max(lost):+.1f} points.")
+            yield Chip(grade(max(lost), COST), "Utility", f"Worst slot {-100 * max(lost):+.1f} points.")
         refused = best["change"].get("refused")
         if refused:
-            level = grade(refused["value"], COST)
-            yield Chip(level, "Over-refusal of that stack", f"{100 * refused['value']:+.1f} points.")
+            yield Chip(grade(refused["value"], COST), "Over-refusal", f"{100 * refused['value']:+.1f} points.")
     if record["circular"]:
         names = ", ".join(map(short, record["circular"]))
         yield Chip("watch", "Same judge inside and outside", f"{names}: filtered by the judge that decides.")
