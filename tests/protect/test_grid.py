@@ -18,7 +18,8 @@ from safeglasses.protect.running import Outcome
 from safeglasses.protect.steps import Cost, Event
 from safeglasses.report.grid_page import grid_study, headline, recommended
 from safeglasses.report.study import render_study
-from safeglasses.run.gridding import GridAsked, _prompts, grid_model
+from safeglasses.run.gridding import GridAsked, grid_model
+from safeglasses.run.inputs import drawn_from, rows_of
 
 POINTS = st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=8)
 
@@ -135,12 +136,12 @@ def test_a_limit_draws_from_all_kinds_of_prompts(tmp_path):
         for i in range(80)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    asked = GridAsked((), tmp_path, file, limit=20)
-    found = _prompts(asked)
+    _, every = rows_of(file, "test")
+    found = drawn_from(every, 20)
     assert len(found) == 20
     assert {row.label for row in found} == {"toxic", "non-toxic"}
     assert [row.id for row in found] == [row["id"] for row in rows if row["id"] in {one.id for one in found}]
-    assert set(_prompts(replace(asked, limit=10))) < set(found)
+    assert set(drawn_from(every, 10)) < set(found)
 
 
 def test_names_are_escaped_on_the_page():

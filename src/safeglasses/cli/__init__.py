@@ -11,6 +11,7 @@ import typer
 
 from safeglasses import __version__
 from safeglasses.cli.ablate import ablate
+from safeglasses.cli.attack import attack
 from safeglasses.cli.capture import capture
 from safeglasses.cli.compare import compare
 from safeglasses.cli.data import data
@@ -51,6 +52,7 @@ VERBS = (
     measure,
     compare,
     grid,
+    attack,
     stack,
     fold,
     export,

@@ -1,6 +1,5 @@
 """``safeglasses grid``: what stacks of defences buy and cost, side by side."""
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,52 +12,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class OnFailure(Enum):
-    """What happens when a part cannot do its work."""
-
-    CLOSED = "closed"
-    OPEN = "open"
-
-
-class Part(Enum):
-    """Which prompts of the file are answered."""
-
-    FIND = "find"
-    CALIBRATE = "calibrate"
-    TEST = "test"
-    ALL = "all"
-
-
 def grid(
     model: options.Model,
-    defences: Annotated[
-        list[str],
-        typer.Option(help="Stacks, separated by commas: a,b,a+b (docs/defences.md). May be given again."),
-    ],
+    defences: options.Defences,
     out: Annotated[Path, typer.Option(help="Folder of answers, grid.json, grid.html; gone on with after a kill.")],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts: .jsonl, .parquet or a folder.", show_default="MM-TOXIC-QA (open)"),
-    ] = None,
+    prompts: options.Prompts = None,
     judge: options.Judges = None,
     refusals: options.Refusals = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML: named stacks, prompts, what happens on failure.", show_default=False)
-    ] = None,
-    defence_judge: Annotated[
-        str | None, typer.Option(help="Who judges inside stacks, written as --judge.", show_default="linear")
-    ] = None,
-    on_failure: Annotated[
-        OnFailure | None,
-        typer.Option(help="A part that cannot work refuses (closed) or is left out (open).", show_default="closed"),
-    ] = None,
-    split: Annotated[Part, typer.Option(help="Which prompts; `fit` looks at find and calibrate.")] = Part.TEST,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Likeliest tokens instead of sampling.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+    recipe: options.Stacks = None,
+    defence_judge: options.DefenceJudge = None,
+    on_failure: options.OnFailure = None,
+    split: options.Split = options.Part.TEST,
+    greedy: options.Greedy = False,
+    max_new_tokens: options.MaxNewTokens = 64,
     seed: options.Seed = 0,
-    limit: Annotated[
-        int | None, typer.Option(help="At most N prompts, always the same draw of them.", show_default="all", min=1)
-    ] = None,
+    limit: options.Drawn = None,
     batch_size: options.BatchSize = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -76,7 +44,7 @@ def grid(
 
     calm_libraries()
     asked = GridAsked(
-        defences=[one.strip() for text in defences for one in text.split(",") if one.strip()],
+        defences=options.listed(defences),
         out=out,
         prompts=prompts,
         judges=judge,

@@ -1,6 +1,5 @@
 """``safeglasses measure``: how a model answers, with and without glasses."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,21 +9,9 @@ from safeglasses.cli import options
 from safeglasses.cli.outcome import Outcome
 
 
-class Part(Enum):
-    """Which prompts of the file are answered."""
-
-    FIND = "find"
-    CALIBRATE = "calibrate"
-    TEST = "test"
-    ALL = "all"
-
-
 def measure(
     model: options.Model,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts: .jsonl, .parquet or a folder.", show_default="MM-TOXIC-QA (open)"),
-    ] = None,
+    prompts: options.Prompts = None,
     glasses: Annotated[
         Path | None,
         typer.Option(help="A folder of glasses, or a shield: measures without and with it.", show_default=False),
@@ -32,7 +19,7 @@ def measure(
     strength: options.Strength = None,
     judge: options.Judges = None,
     refusals: options.Refusals = None,
-    split: Annotated[Part, typer.Option(help="Which prompts; `fit` looks at find and calibrate.")] = Part.TEST,
+    split: options.Split = options.Part.TEST,
     out: Annotated[
         Path | None,
         typer.Option(help="Write results and samples there; go on there after a kill.", show_default="nowhere"),
@@ -46,7 +33,7 @@ def measure(
             metavar="ID", help="The prompts' id on the Hub, for .eval_results.", show_default="of the open benchmark"
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
+    max_new_tokens: options.MaxNewTokens = 64,
     seed: options.Seed = 0,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts.", show_default="all", min=1)] = None,
     batch_size: options.BatchSize = "auto",

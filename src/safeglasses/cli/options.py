@@ -1,6 +1,7 @@
 """Options that several verbs share, so that they read and behave alike."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,22 @@ class Where(StrEnum):
     LINEARS = "linears"
     MLP = "mlp"
     NEURONS = "neurons"
+
+
+class Part(StrEnum):
+    """Which prompts of a file are answered."""
+
+    FIND = "find"
+    CALIBRATE = "calibrate"
+    TEST = "test"
+    ALL = "all"
+
+
+class Failing(StrEnum):
+    """What happens when a part of a stack cannot do its work."""
+
+    CLOSED = "closed"
+    OPEN = "open"
 
 
 Sites = Annotated[Where, typer.Option(help="Where to look: outputs of all linear maps, of the MLPs', or FFN neurons.")]
@@ -38,6 +55,30 @@ Revision = Annotated[str | None, typer.Option(help="Hub revision of the model.",
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip rows that cannot be used, and count them.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what lies at the output.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress and logs on stderr.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Prompts: .jsonl, .parquet or a folder.", show_default="MM-TOXIC-QA (open)"),
+]
+Split = Annotated[Part, typer.Option(help="Which prompts; `fit` looks at find and calibrate.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Likeliest tokens instead of sampling.")]
+Drawn = Annotated[
+    int | None, typer.Option(help="At most N prompts, always the same draw of them.", show_default="all", min=1)
+]
+Defences = Annotated[
+    list[str],
+    typer.Option(help="Stacks, separated by commas: a,b,a+b (docs/defences.md). May be given again."),
+]
+Stacks = Annotated[
+    Path | None, typer.Option(help="TOML: named stacks, prompts, what happens on failure.", show_default=False)
+]
+DefenceJudge = Annotated[
+    str | None, typer.Option(help="Who judges inside stacks, written as --judge.", show_default="linear")
+]
+OnFailure = Annotated[
+    Failing | None,
+    typer.Option(help="A part that cannot work refuses (closed) or is left out (open).", show_default="closed"),
+]
 _JUDGE = "lexicon[:WORDS.txt], complied, linear, classifier:ID?label=toxic, guard:ID or chat:URL?model=NAME"
 Judge = Annotated[str | None, typer.Option(help=f"Who judges answers: {_JUDGE}.", show_default=False)]
 Judges = Annotated[
@@ -63,6 +104,11 @@ PushToHub = Annotated[
 ]
 Public = Annotated[bool, typer.Option("--public", help="Let everyone see that repository; otherwise it is private.")]
 ReplaceOnHub = Annotated[bool, typer.Option("--replace-on-hub", help="Replace what that repository holds.")]
+
+
+def listed(texts: list[str]) -> list[str]:
+    """Take apart an option that may be given again and whose values are separated by commas."""
+    return [one.strip() for text in texts for one in text.split(",") if one.strip()]
 
 
 def batch_size(text: str) -> int | str:

@@ -183,6 +183,41 @@ def cluster_bootstrap(
     return np.clip(np.minimum(low, share), *ends), np.clip(np.maximum(high, share), *ends)
 
 
+def ratio_bootstrap(
+    tops: Float[ndarray, " cluster"],
+    bottoms: Float[ndarray, " cluster"],
+    sizes: Float[ndarray, " cluster"],
+    *,
+    ends: tuple[float, float],
+) -> tuple[float, float] | None:
+    """Return both ends of the bootstrap interval of Σ tops / Σ bottoms, whole clusters drawn with replacement.
+
+    Widened as in `cluster_bootstrap`, and with its two clusters: both have the mean size and the mean bottom, and a
+    top at one end of what there can be. A draw whose bottoms do not sum to more than 0 knows nothing of the ratio: it
+    counts beyond both ends; with too many of them there is no interval, and None is returned.
+
+    Args:
+        tops: sum of the values of each cluster.
+        bottoms: the same of what they are divided by; their sum is positive.
+        sizes: number of values of each cluster.
+        ends: smallest and largest value that a top can have beside an average bottom.
+    """
+    size, bottom = sizes.mean(), bottoms.mean()
+    both = np.stack([np.append(tops, [ends[0] * size, ends[1] * size]), np.append(bottoms, [bottom, bottom])], axis=1)
+    count = len(both)
+    steps = range(0, RESAMPLES, step := max(1, _CELLS // count))
+    top, under = np.concatenate([_draws(count, start, min(RESAMPLES, start + step)) @ both for start in steps]).T
+    known = under > 0
+    ratios = np.divide(top, under, out=np.zeros_like(top), where=known)
+    tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * student(count - 1))
+    low = np.quantile(np.where(known, ratios, -np.inf), tail, method="lower")
+    high = np.quantile(np.where(known, ratios, np.inf), 1 - tail, method="higher")
+    if not np.isfinite([low, high]).all():
+        return None
+    share = tops.sum() / bottoms.sum()
+    return float(min(low, share)), float(max(high, share))
+
+
 @cache
 def student(freedom: int) -> float:
     """Quantile of Student's t for 95 % two-sided, by bisection on its distribution function."""

@@ -128,6 +128,14 @@ def dominators(points: Sequence[Sequence[float | int]]) -> list[int | None]:
     return [next((j for j, other in enumerate(points) if _beats(other, point)), None) for point in points]
 
 
+def price_of(outcomes: Sequence[Outcome], held: int, bytes_per_token: int | None) -> Price:
+    """Average what answers cost, and add what is worn to the cache of the widest."""
+    costs = [outcome.cost for outcome in outcomes]
+    memory = None if bytes_per_token is None else held + bytes_per_token * max(cost.widest for cost in costs)
+    names = ("calls", "checks", "tokens", "prompt_tokens", "seconds")
+    return Price(**{name: fmean(getattr(cost, name) for cost in costs) for name in names}, memory_bytes=memory)
+
+
 def held_bytes(worn: Sequence[Defence]) -> int:
     """Return what defences hold while they are worn, as far as they are glasses and shields."""
     total = 0
@@ -155,19 +163,10 @@ def _row(one: Measured, before: Measured | None, condition: str) -> GridRow:
         utility=counted.utility,
         refusal_on_benign=counted.refusal_on_benign,
         empty=counted.empty,
-        cost=_price(one, outcomes),
+        cost=price_of(outcomes, one.held_bytes, one.bytes_per_token),
         failures=dict(Counter(f"{e.part}: {e.what}" for o in outcomes for e in {*o.failures})),
         change=change,
     )
-
-
-def _price(one: Measured, outcomes: Sequence[Outcome]) -> Price:
-    costs = [outcome.cost for outcome in outcomes]
-    memory = None
-    if one.bytes_per_token is not None:
-        memory = one.held_bytes + one.bytes_per_token * max(cost.widest for cost in costs)
-    names = ("calls", "checks", "tokens", "prompt_tokens", "seconds")
-    return Price(**{name: fmean(getattr(cost, name) for cost in costs) for name in names}, memory_bytes=memory)
 
 
 def _change(before: Measured, after: Measured, kept: Sequence[int]) -> dict[str, Difference]:

@@ -6,7 +6,7 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
@@ -15,7 +15,6 @@ from safeglasses.measure.respond import Decoding
 from safeglasses.measure.verdicts import verdicts_of
 from safeglasses.model.chat import batches
 from safeglasses.protect.local import Answerer
-from safeglasses.protect.stack import Protection
 from safeglasses.protect.steps import (
     Ask,
     Check,
@@ -27,9 +26,29 @@ from safeglasses.protect.steps import (
     Prompt,
     Reply,
     Request,
+    Steps,
     priced,
     together,
 )
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """What answers a prompt step by step: a stack, or an attacker of one."""
+
+    @property
+    def name(self) -> str:
+        """Its text form."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Everything on which its answers depend."""
+        ...
+
+    def steps(self, prompt: Prompt, log: Log) -> Steps[str]:
+        """Answer one prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,7 @@ class Kept(Line):
 
 
 def protect(
-    protection: Protection,
+    strategy: Strategy,
     examples: Sequence[Example],
     answerer: Answerer,
     *,
@@ -80,10 +99,10 @@ def protect(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
-    """Answer prompts by a stack.
+    """Answer prompts by a stack, or by an attacker of one.
 
     Args:
-        protection: the stack.
+        strategy: who answers.
         examples: prompts; their responses and labels are not looked at.
         answerer: the model; it wears what the stack wears.
         decoding: how answers are drawn where a part does not say otherwise.
@@ -104,12 +123,12 @@ def protect(
     plan = batches([(len(p.pictures), len(p.text)) for p in prompts], batch_size)
     record: Journal[Kept] | None = None
     if journal is not None:
-        header = _header(protection, examples, answerer, decoding, batch_size)
+        header = _header(strategy, examples, answerer, decoding, batch_size)
         record = Journal(journal, header, plan, kind=Kept)
     with closing(record) if record else nullcontext():
         rows = [row for batch in record.finished for row in batch] if record else []
         for index in range(len(record.finished) if record else 0, len(plan)):
-            found = _side_by_side(protection, [prompts[i] for i in plan[index]], answerer, decoding)
+            found = _side_by_side(strategy, [prompts[i] for i in plan[index]], answerer, decoding)
             batch = [
                 Kept(index, i, o.id, o.text, [event.to_json() for event in o.events], o.cost.to_json())
                 for i, o in zip(plan[index], found, strict=True)
@@ -124,11 +143,11 @@ def protect(
 
 
 def _side_by_side(
-    protection: Protection, prompts: Sequence[Prompt], answerer: Answerer, decoding: Decoding
+    strategy: Strategy, prompts: Sequence[Prompt], answerer: Answerer, decoding: Decoding
 ) -> list[Outcome]:
     """Answer a batch: round by round, everything that any prompt waits for."""
     logs = [Log() for _ in prompts]
-    steps = together([priced(protection.steps(p, log), log) for p, log in zip(prompts, logs, strict=True)])
+    steps = together([priced(strategy.steps(p, log), log) for p, log in zip(prompts, logs, strict=True)])
     replies: list[Reply] | None = None
     while True:
         try:
@@ -168,14 +187,14 @@ def judged(checks: Sequence[Check]) -> list[Reply]:
 
 
 def _header(
-    protection: Protection, examples: Sequence[Example], answerer: Answerer, decoding: Decoding, batch_size: int
+    strategy: Strategy, examples: Sequence[Example], answerer: Answerer, decoding: Decoding, batch_size: int
 ) -> Mapping[str, Any]:
     """Everything on which the texts depend."""
     asked = "\n".join(f"{example.id}\t{example.prompt_key}\t{example.language}" for example in examples)
     return {
         "answerer": answerer.identity,
-        "defence": protection.name,
-        "identity": protection.identity,
+        "defence": strategy.name,
+        "identity": strategy.identity,
         "decoding": asdict(decoding),
         "prompts": sha256(asked.encode("utf-8", "surrogatepass")).hexdigest(),
         "batch_size": batch_size,

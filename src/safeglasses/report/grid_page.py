@@ -22,7 +22,7 @@ LIMITS = (
     "Seconds are a row's share of its batch, on the machine that measured, not how long one user waits.",
     "Memory is what is worn plus the key-value cache of the widest answer, by the model's config; weights and "
     "judges are not in it.",
-    "An attacker who knows the stack was not tried.",
+    "No attacker who knows the stack was tried here: `safeglasses attack` does that.",
 )
 
 
@@ -249,14 +249,15 @@ def _rates(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def _changes(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row["change"]))
     lines = [
-        (short(row["defence"]), tuple(_points(row["change"].get(name)) for name in names))
+        (short(row["defence"]), tuple(points_cell(row["change"].get(name)) for name in names))
         for row in rows
         if row["defence"] != BASE
     ]
     return Table(("", *names), tuple(lines))
 
 
-def _points(change: Mapping[str, Any] | None) -> Cell:
+def points_cell(change: Mapping[str, Any] | None) -> Cell:
+    """Write a change in points with its interval beside it; an en dash for None."""
     if change is None:
         return Cell("–")
     return Cell(f"{100 * change['value']:+.1f}", f"{100 * change['low']:+.1f} to {100 * change['high']:+.1f}")

@@ -35,6 +35,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Card:
+    """Texts of a model about one prompt, covered until a reader wants to see them."""
+
+    id: str
+    """Of the prompt."""
+    tags: tuple[str, ...]
+    """What stands beside it."""
+    asked: str
+    """The prompt."""
+    texts: tuple[tuple[str, str], ...]
+    """Heading and text, side by side."""
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page: text, then a table, then figures side by side."""
 
@@ -48,6 +62,8 @@ class Section:
     """Shown above the figures."""
     figures: tuple[tuple[str, Figure], ...] = ()
     """Caption and figure."""
+    cards: tuple[Card, ...] = ()
+    """Shown below the figures."""
     small: str = ""
     """What a careful reader wants to know."""
 
@@ -77,7 +93,8 @@ def render_study(study: Study) -> str:
     figures = {
         f"{section.id}-{i}": figure for section in study.sections for i, (_, figure) in enumerate(section.figures)
     }
-    return fill("study.html.j2", figures, {"study": study})
+    covered = any(section.cards for section in study.sections)
+    return fill("study.html.j2", figures, {"study": study, "covered": covered})
 
 
 def write_study(study: Study, path: Path) -> Path:

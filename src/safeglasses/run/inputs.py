@@ -1,12 +1,13 @@
 """What a run starts from: the user's files, read, cut, checked, and named by their contents."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safeglasses.data.checks import check_pairs
 from safeglasses.data.examples import SPLITS, Example, Examples, prompts_of, read_examples
-from safeglasses.data.open import open_pairs, open_prompts
+from safeglasses.data.open import PROMPTS, open_pairs, open_prompts
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import sha256_file
 from safeglasses.measure.judges import Judge
@@ -85,6 +86,35 @@ def limited(examples: Examples, limit: int | None) -> Examples:
                 kept += rows
                 room.update({label: room[label] - sum(row.label == label for row in rows) for label in labels})
     return replace(examples, rows=tuple(kept), sha256="")
+
+
+def rows_of(prompts: str | Path | None, split: str, *, skip_bad: bool = False) -> tuple[Examples, tuple[Example, ...]]:
+    """Read prompts (None: those of MM-TOXIC-QA (open)); return all of them, and those of a split or of ``all``.
+
+    Raises:
+        SafeglassesError: no such split, or no row in it; anything that reading raises.
+    """
+    if split not in (*SPLITS, "all"):
+        raise SafeglassesError("no such split", given=repr(split), expected=", ".join((*SPLITS, "all")))
+    examples = open_prompts() if prompts is None else read_examples(prompts, skip_bad=skip_bad)
+    rows = examples.rows if split == "all" else examples.split(split).rows
+    if not rows:
+        raise SafeglassesError(
+            "no prompts to answer",
+            given=f"{prompts or PROMPTS}, split {split}",
+            expected="at least one row",
+            do="give rows that split, or use --split all",
+        )
+    return examples, rows
+
+
+def drawn_from(rows: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """Draw at most so many rows by the hashes of their ids: always the same ones, in the order of the file."""
+    if limit is None or limit >= len(rows):
+        return tuple(rows)
+    drawn = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode("utf-8", "surrogatepass")).digest())
+    kept = {row.id for row in drawn[:limit]}  # not every nth: files repeat their kinds in a fixed order
+    return tuple(row for row in rows if row.id in kept)
 
 
 def content_of(path: str | Path) -> str:

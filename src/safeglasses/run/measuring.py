@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safeglasses.data.examples import SPLITS, Example, Examples, read_examples
-from safeglasses.data.open import PROMPTS, open_prompts
 from safeglasses.defend.defence import Defence
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
@@ -18,6 +16,7 @@ from safeglasses.measure.measurement import GREEDY, SAMPLED, Measurement, measur
 from safeglasses.measure.panel import DEFAULT_JUDGES, panel_from
 from safeglasses.model.vlm import load
 from safeglasses.progress import Progress, Quiet
+from safeglasses.run.inputs import rows_of
 from safeglasses.run.worn import worn_in
 from safeglasses.run.written import OPEN, write_measurements
 
@@ -89,7 +88,8 @@ def measure_model(
         from safeglasses.evals.logs import check_judges  # an optional dependency: says so if it is missing
 
         check_judges(specs)
-    examples, rows = _rows(asked)
+    examples, found = rows_of(asked.prompts, asked.split, skip_bad=asked.skip_bad)
+    rows = found[: asked.limit]
     show.say(f"{len(rows):,} of {len(examples):,} prompts ({asked.split})")
     worn = {"none": None} if asked.glasses is None else {"none": None, "glasses": _glasses(asked)}
     with show.stage("load the model"):
@@ -128,21 +128,6 @@ def measure_model(
         "seed": asked.seed,
         "files": files,
     }
-
-
-def _rows(asked: Asked) -> tuple[Examples, tuple[Example, ...]]:
-    if asked.split not in (*SPLITS, "all"):
-        raise SafeglassesError("no such split", given=repr(asked.split), expected=", ".join((*SPLITS, "all")))
-    examples = open_prompts() if asked.prompts is None else read_examples(asked.prompts, skip_bad=asked.skip_bad)
-    rows = examples.rows if asked.split == "all" else examples.split(asked.split).rows
-    if not rows:
-        raise SafeglassesError(
-            "no prompts to answer",
-            given=f"{asked.prompts or PROMPTS}, split {asked.split}",
-            expected="at least one row",
-            do="give rows that split, or use --split all",
-        )
-    return examples, rows[: asked.limit]
 
 
 def _glasses(asked: Asked) -> Defence:
