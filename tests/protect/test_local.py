@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import families
 from protect.script import Says, ask
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.respond import Decoding
+from safeglasses.model.vlm import load
 from safeglasses.protect import output, parts
 from safeglasses.protect.compose import Kit, compose
 from safeglasses.protect.local import LocalAnswerer, contrasted, memory_per_token
@@ -105,6 +107,20 @@ def test_contrast_lies_on_a_line_through_the_bare_and_the_worn_model(tiny_vlm, g
     worn = [o.text for o in run("none", tiny_vlm, decoding=decoding, worn=[glasses])]
     assert contrast(tiny_vlm, glasses, 0, 10**6, decoding) == bare != worn
     assert contrast(tiny_vlm, glasses, 1, 10**6, decoding) == worn
+
+
+CACHED = ("qwen2_vl", "qwen3_vl", "gemma3", "mllama", "idefics3")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Pillow, by a processor
+@pytest.mark.parametrize("name", CACHED)
+def test_the_worn_model_goes_on_from_its_own_cache_in_every_family(name, tmp_path):
+    vlm = load(families.build(name, tmp_path / name))
+    glasses = both_sides(vlm)
+    bare = [o.text for o in run("none", vlm)]
+    worn = [o.text for o in run("none", vlm, worn=[glasses])]
+    assert contrast(vlm, glasses, 0, 10**6, SAMPLED) == bare
+    assert contrast(vlm, glasses, 1, 10**6, SAMPLED) == worn
 
 
 @settings(deadline=None)

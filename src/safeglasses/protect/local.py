@@ -107,11 +107,20 @@ def _content(part: Text | Picture) -> dict[str, Any]:
 
 
 class _Contrasted(LogitsProcessor):
-    """Moves a batch's first distributions away from the bare model's, towards and beyond the worn one's."""
+    """Moves a batch's first distributions away from the bare model's, towards and beyond the worn one's.
+
+    The worn model reads the prompt once and then each drawn token, with a cache of its own: what it wears is put on
+    for that forward pass alone, because generation itself goes on with the bare model.
+    """
 
     def __init__(self, vlm: VLM, worn: Sequence[Defence], contrast: Contrast, inputs: Mapping[str, Tensor]) -> None:
         self._vlm, self._worn, self._contrast = vlm, worn, contrast
-        self._inputs, self._width = dict(inputs), inputs["input_ids"].shape[1]
+        self._width = inputs["input_ids"].shape[1]
+        self._kept: dict[str, Any] = {name: value for name, value in inputs.items() if name != "input_ids"}
+        self._kept["use_cache"] = True
+        if "position_ids" not in inputs:
+            model: Any = vlm.model
+            self._kept["position_ids"] = model._prepare_position_ids_for_generation(inputs["input_ids"], self._kept)
 
     @torch.no_grad()
     def __call__(
@@ -120,27 +129,18 @@ class _Contrasted(LogitsProcessor):
         more = input_ids.shape[1] - self._width
         if more >= self._contrast.tokens:
             return scores
+        # The steps of `generate` itself: they know each family's positions, masks, and pictures.
+        model: Any = self._vlm.model
+        length = 1 if more else None
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=length, is_first_iteration=not more, **self._kept
+        )
         with ExitStack() as on:
             for defence in self._worn:
                 on.enter_context(defence.worn(self._vlm))
-            logits = self._vlm.model(**self._extended(input_ids, more), use_cache=False).logits[:, -1]
-        return contrasted(scores, logits, self._contrast)
-
-    def _extended(self, input_ids: Tensor, more: int) -> dict[str, Tensor]:
-        """Return the prompt's inputs with the tokens drawn so far."""
-        inputs = {**self._inputs, "input_ids": input_ids}
-        if more:
-            for name in ("attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"):
-                if name in inputs:  # as the encoder continues them for a response
-                    last = inputs[name][:, -1:]
-                    tail = (
-                        last if name == "cross_attention_mask" else torch.full_like(last, int(name == "attention_mask"))
-                    )
-                    inputs[name] = torch.cat([inputs[name], *[tail] * more], dim=1)
-            if "position_ids" in inputs:
-                steps = torch.arange(1, more + 1, device=input_ids.device)
-                inputs["position_ids"] = torch.cat([inputs["position_ids"], inputs["position_ids"][:, -1:] + steps], 1)
-        return inputs
+            output = model(**inputs, return_dict=True)
+        self._kept = model._update_model_kwargs_for_generation(output, self._kept, is_encoder_decoder=False)
+        return contrasted(scores, output.logits[:, -1], self._contrast)
 
 
 def contrasted(
