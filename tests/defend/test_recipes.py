@@ -15,6 +15,7 @@ from safeglasses.find.auroc import auroc
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.pools import Pool
 from safeglasses.model.anatomy import Anatomy
+from safeglasses.model.blocks import Block
 from safeglasses.model.sites import Site
 
 POOLS = tuple(Pool.parse(text) for text in ("all:max", "all:mean", "prompt:last", "response:max"))
@@ -78,8 +79,13 @@ ANATOMY = Anatomy(
     hidden_size=5,
     linears=WIDTHS,
     in_features=WIDTHS,
-    ffn=("layers.0.mlp.down_proj", "layers.1.mlp.down_proj"),
-    mlp=tuple(site.path for site in MLP),
+    blocks=tuple(
+        Block(
+            tuple(site.path for site in MLP if site.layer == layer and "down" not in site.path),
+            f"layers.{layer}.mlp.down_proj",
+        )
+        for layer in (0, 1)
+    ),
 )
 
 

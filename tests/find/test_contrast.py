@@ -374,7 +374,7 @@ def test_experts_are_refused(tmp_path: Path, probe: Probe) -> None:
     with pytest.raises(SafeglassesError) as caught:
         measure_contrast(vlm, probe)
     assert caught.value.what == "the decoder has no feed-forward neurons to find safety neurons among"
-    assert "fused experts" in caught.value.given
+    assert caught.value.given == "experts, such as layers.0.mlp.experts.0:in"
     assert caught.value.do == (
         "take a dense model: which expert a token meets depends on the token, and experts fused into one tensor have "
         "no rows that an adapter could train"

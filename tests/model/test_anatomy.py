@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,11 @@ from torch import nn
 import families
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.anatomy import anatomy, module
-from safeglasses.model.sites import Site
+from safeglasses.model.blocks import Block
+from safeglasses.model.experts import Experts
+from safeglasses.model.hooks import tap
+from safeglasses.model.overview import overview
+from safeglasses.model.sites import SIDES, Site
 from safeglasses.model.vlm import VLM
 
 GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -59,40 +64,142 @@ def test_parts_of_every_family(family: Callable[[str], VLM], name: str) -> None:
 
 
 def test_table_counts_neurons(tiny_vlm: VLM) -> None:
-    table = tiny_vlm.anatomy.table()
+    table = overview(tiny_vlm.anatomy)
     assert table["decoder"] == "model.language_model"
-    assert table["linears"][-1] == {"kind": "mlp.down_proj", "layers": 2, "in": 48, "out": 32, "mlp": True}
-    assert table["neurons"] == {"linears": 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), "mlp": 2 * 128, "ffn": 96}
+    assert table["linears"][-1] == {
+        "kind": "mlp.down_proj", "layers": 2, "maps": 2, "in": 48, "out": 32, "mlp": True, "halves": []
+    }  # fmt: skip
+    assert table["neurons"] == {
+        "linears": 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), "mlp": 2 * 128, "ffn": 96, "experts": 0
+    }  # fmt: skip
 
 
-def test_fused_experts_say_what_is_possible(family: Callable[[str], VLM]) -> None:
+def test_fused_experts_have_addresses_of_their_own(family: Callable[[str], VLM]) -> None:
     found = family("qwen3_vl_moe").anatomy
-    with pytest.raises(SafeglassesError) as caught:
-        found.sites("mlp")
-    assert str(caught.value) == (
-        "the decoder's feed-forward blocks have no linear maps of their own\n"
-        "  given:    layer 0 has no linear map of width 32 outside attention; fused experts are kept as one "
-        "tensor, not as linear maps\n"
-        "  expected: one linear map per layer, outside attention, that writes the residual stream\n"
-        '  do:       use sites="linears": on this model it acts on the attention\'s linear maps only'
+    assert found.ffn == found.mlp == ()
+    (first, _) = found.experts.values()
+    assert first == Experts(
+        path="layers.0.mlp.experts",
+        n_experts=4,
+        width=24,
+        hidden=32,
+        makers=("gate_up_proj",),
+        down="down_proj",
+        gated=True,
+        transposed=False,
+        interleaved=False,
+        biased=False,
+        routed=True,
+        dispatched=True,
     )
+    assert [str(site) for site in found.sites("neurons")[3:5]] == [
+        "layers.0.mlp.experts.3:in",
+        "layers.1.mlp.experts.0:in",
+    ]
+    assert [str(site) for site in found.sites("mlp")[:3]] == [
+        "layers.0.mlp.experts.0:gate",
+        "layers.0.mlp.experts.0:up",
+        "layers.0.mlp.experts.0:out",
+    ]
     assert len(found.sites("linears")) == 8
+    assert [found.width(Site("layers.0.mlp.experts.3", side)) for side in SIDES] == [24, 32, 24, 24]
+    assert found.expert(Site("layers.1.mlp.experts.2", "in")) == (found.experts["layers.1.mlp.experts"], 2)
+    assert found.expert(Site("layers.0.self_attn.q_proj", "in")) is None
 
 
-def test_experts_kept_apart_are_no_single_output() -> None:
+def test_fused_experts_are_refused_where_modules_are_needed(family: Callable[[str], VLM]) -> None:
+    vlm = family("qwen3_vl_moe")
+    with pytest.raises(PartialMatch) as caught, tap(vlm.model, vlm.anatomy, vlm.anatomy.neurons, lambda *_: None):
+        pass
+    assert str(caught.value) == (
+        "fused experts are no modules: they can be neither read nor scaled yet\n"
+        "  given:    layers.0.mlp.experts.0, layers.0.mlp.experts.1, layers.0.mlp.experts.2 …: "
+        "slices of 3-D parameters\n"
+        "  expected: linear maps\n"
+        '  do:       use sites="linears", which leaves fused experts out'
+    )
+    with pytest.raises(PartialMatch, match="1 of 1 modules are not linear maps"):
+        vlm.anatomy.width(Site("layers.0.mlp.experts.4", "in"))  # it has 4
+
+
+def test_experts_that_are_modules_are_blocks_each() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.self_attn = nn.Linear(8, 8)
-            self.experts = nn.ModuleList(nn.ModuleDict({"down": nn.Linear(4, 8)}) for _ in range(3))
+            self.experts = nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(8, 4), "act": nn.ReLU(), "down": nn.Linear(4, 8)}) for _ in range(3)
+            )
 
     found = anatomy(_Stub(nn.ModuleList([Layer(), Layer()])))
-    assert found.ffn == ()
-    assert found.ffn_reason == (
-        "layer 0 has 3 candidates in 3 blocks (layers.0.experts.0.down, layers.0.experts.1.down …), "
-        "as mixtures of experts do"
+    assert found.ffn[:3] == tuple(f"layers.0.experts.{expert}.down" for expert in range(3))
+    assert found.blocks[4] == Block(("layers.1.experts.1.up",), "layers.1.experts.1.down")
+    assert found.block_of("layers.1.experts.1.up") == found.blocks[4]
+    assert {site.expert for site in found.sites("neurons")} == {0, 1, 2}
+    assert {site.kind for site in found.sites("neurons")} == {"experts.down:in"}
+
+
+def test_maps_that_nothing_feeds_are_no_blocks() -> None:
+    layer = nn.ModuleDict({"one": nn.ModuleDict({"a": nn.Linear(4, 8)}), "two": nn.ModuleDict({"b": nn.Linear(4, 8)})})
+    found = anatomy(_Stub(nn.ModuleList([layer, deepcopy(layer)])))
+    with pytest.raises(SafeglassesError) as caught:
+        found.sites("mlp")
+    assert str(caught.value) == (
+        "the decoder's feed-forward blocks have no linear maps of their own\n"
+        "  given:    layer 0 has 2 maps that could end a feed-forward block (layers.0.one.a, layers.0.two.b …) "
+        "and none that makes what they read\n"
+        "  expected: one linear map per layer, outside attention, that writes the residual stream\n"
+        '  do:       use sites="linears": on this model it acts on the linear maps that exist'
     )
-    assert len(found.sites("linears")) == 8
+    assert len(found.sites("linears")) == 4
+
+
+def test_side_paths_and_mixers_are_no_blocks() -> None:
+    class MixerAttention(nn.Module):
+        """Attention that its path does not tell."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    class Layer(nn.Module):
+        def __init__(self, mixer: nn.Module) -> None:
+            super().__init__()
+            self.mixer = mixer
+            self.low_rank = nn.ModuleDict({"left": nn.Linear(8, 2), "right": nn.Linear(2, 8)})
+            self.mlp = nn.ModuleDict({"up": nn.Linear(8, 16), "act_fn": nn.ReLU(), "down": nn.Linear(16, 8)})
+            self.side_gate, self.side_projection, self.act_fn = nn.Linear(8, 2), nn.Linear(2, 8), nn.ReLU()
+
+    convolution = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "widen": nn.Linear(8, 16), "narrow": nn.Linear(16, 8)})
+    found = anatomy(_Stub(nn.ModuleList([Layer(MixerAttention()), Layer(convolution)])))
+    assert found.mlp == tuple(f"layers.{layer}.mlp.{name}" for layer in range(2) for name in ("up", "down"))
+
+
+def test_layers_may_lack_a_block() -> None:
+    block = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+    found = anatomy(_Stub(nn.ModuleList([nn.ModuleDict({"attn": nn.Linear(8, 8)}), nn.ModuleDict({"mlp": block})])))
+    assert found.ffn == ("layers.1.mlp.down",)
+    assert found.layers_without_neurons == (0,)
+
+
+def test_halves_of_a_fused_map_are_addressed_apart(family: Callable[[str], VLM]) -> None:
+    found = family("glm4v").anatomy
+    site = Site("layers.1.mlp.gate_up_proj", "out")
+    assert found.width(site) == 96
+    assert found.address(site, 3) == "layers.1.mlp.gate_up_proj:gate#3"
+    assert found.address(site, 51) == "layers.1.mlp.gate_up_proj:up#3"
+    assert all(found.neuron(found.address(site, index)) == (site, index) for index in range(96))
+    assert found.neuron("layers.1.mlp.gate_up_proj:out#51") == (site, 51)
+    assert found.address(Site("layers.1.mlp.down_proj", "in"), 3) == "layers.1.mlp.down_proj:in#3"
+    with pytest.raises(SafeglassesError) as caught:
+        found.neuron("layers.1.mlp.gate_up_proj:up#48")
+    assert str(caught.value) == (
+        "no such neuron\n"
+        "  given:    'layers.1.mlp.gate_up_proj:up#48'\n"
+        "  expected: layers.1.mlp.gate_up_proj:up#0 … layers.1.mlp.gate_up_proj:up#47"
+    )
+    with pytest.raises(PartialMatch, match="a linear map has no side 'gate'"):
+        found.neuron("layers.1.mlp.down_proj:gate#0")
 
 
 def test_square_blocks_take_the_last_map() -> None:

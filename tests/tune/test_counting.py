@@ -8,9 +8,10 @@ import torch
 from transformers import LlavaOnevisionConfig, MllamaConfig, PreTrainedConfig, Qwen3VLConfig
 
 from safeglasses.errors import SafeglassesError
+from safeglasses.model.atlas import on_meta
 from safeglasses.model.vlm import VLM
 from safeglasses.tune.config import TuneConfig
-from safeglasses.tune.counting import count, on_meta
+from safeglasses.tune.counting import count
 from safeglasses.tune.training import tune
 from tune.conftest import examples_of, neurons_of
 

@@ -38,6 +38,7 @@ def inspect(
     from safeglasses.find.estimate import estimate
     from safeglasses.find.pools import parse_pools
     from safeglasses.find.sizes import free_disk, memory_budget
+    from safeglasses.model.overview import overview
     from safeglasses.model.vlm import load
 
     calm_libraries()
@@ -56,7 +57,7 @@ def inspect(
             "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
             "context_length": vlm.context_length,
             "addresses": f"{vlm.anatomy.layers_path}.LAYER.KIND:out#INDEX",
-            "anatomy": vlm.anatomy.table(),
+            "anatomy": overview(vlm.anatomy),
         }
         if pairs is not None:
             with progress.stage("check the pairs"):

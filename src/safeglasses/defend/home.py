@@ -172,8 +172,10 @@ def check_widths(anatomy: Anatomy, widths: Mapping[Site, int], fitting: str) -> 
     """
     problems = []
     for site in in_order(widths):
-        there = anatomy.linears if site.side == "out" else anatomy.in_features
-        if site.path not in there:
+        there = {"out": anatomy.linears, "in": anatomy.in_features}.get(site.side, {})
+        if anatomy.expert(site) is not None:
+            problems.append(f"{site} (fused experts cannot be scaled yet)")
+        elif site.path not in there:
             problems.append(f"{site} (no such module)")
         elif there[site.path] != widths[site]:
             problems.append(f"{site} (width {there[site.path]}, not {widths[site]})")

@@ -56,10 +56,11 @@ def feed_forward_sites(vlm: VLM) -> tuple[Site, ...]:
         SafeglassesError: the feed-forward blocks have no neurons of their own (experts).
     """
     anatomy = vlm.anatomy
-    if not anatomy.ffn:
+    expert = next((site for site in anatomy.neurons if site.expert is not None), None)
+    if not anatomy.neurons or expert is not None:
         raise SafeglassesError(
             "the decoder has no feed-forward neurons to find safety neurons among",
-            given=anatomy.ffn_reason,
+            given=anatomy.ffn_reason if expert is None else f"experts, such as {expert}",
             expected="one feed-forward block per layer, of linear maps",
             do="take a dense model: which expert a token meets depends on the token, and experts fused into one "
             "tensor have no rows that an adapter could train",

@@ -45,7 +45,19 @@ class Watch:
 
     @classmethod
     def on(cls, vlm: VLM, sites: Sequence[Site], pools: Sequence[Pool]) -> "Watch":
-        """Choose the dtype for a model; sites named twice count once."""
+        """Choose the dtype for a model; sites named twice count once.
+
+        Raises:
+            SafeglassesError: a site belongs to an expert, which sees other tokens than its neighbours.
+        """
+        expert = next((site for site in sites if site.expert is not None), None)
+        if expert is not None:
+            raise SafeglassesError(
+                "neurons of experts cannot be captured yet",
+                given=f"{expert}, which sees only the tokens that a router sends there",
+                expected="sites that every token passes",
+                do='leave experts out: sites="linears" does, on a model with fused experts',
+            )
         dtype = torch.float32 if any(pool.how in MEANS for pool in pools) else vlm.dtype
         return cls(tuple(dict.fromkeys(sites)), tuple(pools), dtype)
 

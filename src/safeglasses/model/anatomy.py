@@ -1,18 +1,21 @@
 """Find the language decoder, its linear maps and feed-forward neurons by structure, never by family name."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from safeglasses.errors import PartialMatch, SafeglassesError
+from safeglasses.model.blocks import ATTENTION, Block, find_blocks
+from safeglasses.model.decoders import find_decoder, find_layers
+from safeglasses.model.experts import Experts, find_experts
 from safeglasses.model.sites import Site
 
 What = Literal["mlp", "linears", "neurons"]
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _CROSS = re.compile(r"cross_?att", re.IGNORECASE)
 
 
@@ -32,12 +35,29 @@ class Anatomy:
     """``out_features`` of every linear map inside the layers, by path, in the model's own order."""
     in_features: Mapping[str, int]
     """``in_features`` of the same maps."""
-    ffn: tuple[str, ...]
-    """Per layer the output map of the feed-forward block (its inputs are the neurons); empty if not found."""
-    mlp: tuple[str, ...]
-    """All linear maps of the feed-forward blocks; empty if `ffn` is."""
+    blocks: tuple[Block, ...]
+    """Feed-forward blocks of linear maps, in the model's order. A layer may have several (experts that are modules, a
+    dense block beside experts) or none; empty if not found."""
     ffn_reason: str = ""
-    """Why `ffn` is empty."""
+    """Why there is no such block."""
+    experts: Mapping[str, Experts] = field(default_factory=dict)
+    """Modules of fused experts, by path; no linear maps, so in none of the fields above."""
+
+    @cached_property
+    def ffn(self) -> tuple[str, ...]:
+        """Output maps of the feed-forward blocks: their inputs are the neurons."""
+        return tuple(block.down for block in self.blocks)
+
+    @cached_property
+    def mlp(self) -> tuple[str, ...]:
+        """All linear maps of the feed-forward blocks, in the model's order."""
+        return tuple(path for path in self.linears if path in self._members)
+
+    @cached_property
+    def neurons(self) -> tuple[Site, ...]:
+        """Inputs of the feed-forward output maps, then those of fused experts; empty if there are none."""
+        fused = (site for experts in self.experts.values() for site in experts.sites("in"))
+        return (*(Site(path, "in") for path in self.ffn), *fused)
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
@@ -45,15 +65,34 @@ class Anatomy:
         kinds: dict[int, set[bool]] = {}
         for path in self.linears:
             inner = path.removeprefix(self.layers_path + ".")
-            if _ATTENTION.search(inner):
+            if ATTENTION.search(inner):
                 kinds.setdefault(int(inner.partition(".")[0]), set()).add(bool(_CROSS.search(inner)))
         return tuple(sorted(layer for layer, found in kinds.items() if found == {True}))
+
+    @property
+    def layers_without_neurons(self) -> tuple[int, ...]:
+        """Layers without a feed-forward block, as hybrids have that do one thing per layer."""
+        filled = {Site(path, "in").layer for path in self.ffn} | {fused.layer for fused in self.experts.values()}
+        return tuple(layer for layer in range(self.n_layers) if layer not in filled)
+
+    def block_of(self, path: str) -> Block | None:
+        """Return the feed-forward block that a linear map belongs to."""
+        return self._members.get(path)
+
+    def expert(self, site: Site) -> tuple[Experts, int] | None:
+        """Return the fused experts that a site is one of, and its number there; None for linear maps."""
+        path, _, number = site.path.rpartition(".")
+        found = self.experts.get(path)
+        if found is None or not number.isdecimal() or int(number) >= found.n_experts:
+            return None
+        return found, int(number)
 
     def sites(self, what: What) -> tuple[Site, ...]:
         """Return a family of sites.
 
-        ``mlp``: outputs of all linear maps of the feed-forward blocks; ``linears``: outputs of all linear
-        maps of the decoder; ``neurons``: inputs of the feed-forward output maps.
+        ``mlp``: outputs of all maps of the feed-forward blocks; ``linears``: outputs of all linear maps of the
+        decoder, fused experts left out; ``neurons``: inputs of the feed-forward output maps. Fused experts
+        follow the linear maps.
 
         Raises:
             SafeglassesError: the model has no such sites.
@@ -67,7 +106,7 @@ class Anatomy:
                     do="load the model unquantised, or in a format whose layers are torch.nn.Linear",
                 )
             return tuple(Site(path, "out") for path in self.linears)
-        if not self.ffn:
+        if not self.neurons:
             raise SafeglassesError(
                 "the decoder's feed-forward blocks have no linear maps of their own",
                 given=self.ffn_reason,
@@ -75,18 +114,65 @@ class Anatomy:
                 do='use sites="linears": on this model it acts on '
                 + ("the attention's linear maps only" if self._attention_only() else "the linear maps that exist"),
             )
-        if what == "mlp":
-            return tuple(Site(path, "out") for path in self.mlp)
-        return tuple(Site(path, "in") for path in self.ffn)
+        if what == "neurons":
+            return self.neurons
+        fused = (site for experts in self.experts.values() for site in experts.sites("gate", "up", "out"))
+        return (*(Site(path, "out") for path in self.mlp), *fused)
 
     def width(self, site: Site) -> int:
         """Return the number of neurons of a site.
 
         Raises:
-            PartialMatch: the decoder has no such linear map.
+            PartialMatch: the decoder has no such linear map or expert.
         """
+        found = self.expert(site)
+        if found is not None and (site.side != "gate" or found[0].gated):
+            return found[0].size(site.side)
         self.require(site.path)
+        if site.side not in ("in", "out"):
+            raise PartialMatch(
+                f"a linear map has no side {site.side!r}",
+                given=str(site),
+                expected=f"{site.path}:in or {site.path}:out; halves of a fused map are parts of its :out",
+                do="list the model's sites with `safeglasses inspect MODEL`",
+            )
         return self.linears[site.path] if site.side == "out" else self.in_features[site.path]
+
+    def halves(self, path: str) -> tuple[str, str] | None:
+        """Return what the two halves of a gate-and-up map are called, in their order; None for other maps.
+
+        The site is the map's whole ``:out``, as adapters want it; single neurons are addressed by half.
+        """
+        block, leaf = self.block_of(path), path.rpartition(".")[2]
+        if block is None or path == block.down or self.linears[path] != 2 * self.in_features[block.down]:
+            return None
+        gate, up = leaf.find("gate"), leaf.find("up")  # the name tells the order: gate_up_proj
+        if min(gate, up) < 0:
+            return None
+        return ("gate", "up") if gate < up else ("up", "gate")
+
+    def address(self, site: Site, index: int) -> str:
+        """Return the text form of one neuron; in a fused map by half: ``layers.0.mlp.gate_up_proj:up#3``."""
+        halves, half = self.halves(site.path), self.width(site) // 2
+        if site.side != "out" or halves is None:
+            return site.neuron(index)
+        return f"{site.path}:{halves[index >= half]}#{index % half}"
+
+    def neuron(self, text: str) -> tuple[Site, int]:
+        """Read the text form of one neuron, `address`'s or the plain ``SITE#INDEX``.
+
+        Raises:
+            SafeglassesError: no neuron's address, or an index that the site does not have.
+            PartialMatch: the model has no such site.
+        """
+        place, _, number = text.partition("#")
+        site = Site.parse(place)
+        halves = self.halves(site.path) if site.side not in ("in", "out") else None
+        whole = Site(site.path, "out") if halves is not None else site
+        width = self.width(whole) // (1 if halves is None else 2)
+        if not (number.isdecimal() and int(number) < width):
+            raise SafeglassesError("no such neuron", given=repr(text), expected=f"{place}#0 … {place}#{width - 1}")
+        return whole, int(number) + (width * halves.index(site.side) if halves is not None else 0)
 
     def absolute(self, site: Site) -> str:
         """Return the path of the site's module inside the whole model, as adapter files want it."""
@@ -100,9 +186,17 @@ class Anatomy:
         """Check that the decoder has these linear maps.
 
         Raises:
-            PartialMatch: at least one is missing.
+            PartialMatch: at least one is missing, or one of fused experts.
         """
         missing = [path for path in paths if path not in self.linears]
+        fused = [path for path in missing if self.expert(Site(path, "in")) is not None]
+        if fused:
+            raise PartialMatch(
+                "fused experts are no modules: they can be neither read nor scaled yet",
+                given=f"{', '.join(fused[:3])}{' …' if len(fused) > 3 else ''}: slices of 3-D parameters",
+                expected="linear maps",
+                do='use sites="linears", which leaves fused experts out',
+            )
         if missing:
             raise PartialMatch(
                 f"{len(missing)} of {len(paths)} modules are not linear maps of this decoder",
@@ -111,30 +205,23 @@ class Anatomy:
                 do="list the model's sites with `safeglasses inspect MODEL`",
             )
 
-    def table(self) -> dict[str, Any]:
-        """Return what `safeglasses inspect` shows, JSON-ready: one row per kind of linear map."""
-        kinds: dict[str, dict[str, Any]] = {}
-        for path, width in self.linears.items():
-            row = kinds.setdefault(
-                Site(path, "out").kind.removesuffix(":out"),
-                {"layers": 0, "in": self.in_features[path], "out": width, "mlp": path in set(self.mlp)},
-            )
-            row["layers"] += 1
-        return {
-            "decoder": self.decoder_path,
-            "layers": self.n_layers,
-            "hidden_size": self.hidden_size,
-            "linears": [{"kind": kind, **row} for kind, row in kinds.items()],
-            "neurons": {
-                "linears": sum(self.linears.values()),
-                "mlp": sum(self.linears[path] for path in self.mlp),
-                "ffn": sum(self.in_features[path] for path in self.ffn),
-            },
-            "ffn_reason": self.ffn_reason,
-        }
+    def require_linear(self, sites: Iterable[Site]) -> None:
+        """Check that these are the two sides of linear maps, before hooks are put on them.
+
+        Raises:
+            PartialMatch: a module is missing, or a site is one of fused experts, or a side that no map has.
+        """
+        wanted = tuple(sites)
+        self.require(*(site.path for site in wanted))
+        for site in wanted:
+            self.width(site)
+
+    @cached_property
+    def _members(self) -> Mapping[str, Block]:
+        return {path: block for block in self.blocks for path in (*block.makers, block.down)}
 
     def _attention_only(self) -> bool:
-        return all(_ATTENTION.search(path) for path in self.linears)
+        return all(ATTENTION.search(path) for path in self.linears)
 
     def _examples(self) -> str:
         paths = list(self.linears)
@@ -144,47 +231,34 @@ class Anatomy:
 def anatomy(model: nn.Module) -> Anatomy:
     """Find the parts of a model.
 
-    The decoder is ``model.get_decoder()``; its layers are its only ``ModuleList`` as long as the text
-    config's ``num_hidden_layers``. A layer's feed-forward output map is the one linear map outside attention
-    whose width is the hidden size.
+    The decoder is ``model.get_decoder()``; its layers are its list of modules as long as the text config's
+    ``num_hidden_layers`` (see `decoders`). What a feed-forward block is says `blocks`, what fused experts are
+    `experts`.
 
     Raises:
         SafeglassesError: no decoder, or no list of layers in it.
     """
-    decoder, decoder_path = _decoder(model)
-    text = model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    n_layers = getattr(text, "num_hidden_layers", None)
-    hidden_size = getattr(text, "hidden_size", None)
-    lists = [
-        (path, child)
-        for path, child in decoder.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) == n_layers
-    ]
-    if not isinstance(hidden_size, int) or not isinstance(n_layers, int) or not lists:
-        raise SafeglassesError(
-            "the decoder's layers were not found",
-            given=f"{type(decoder).__name__} with num_hidden_layers={n_layers}, hidden_size={hidden_size}",
-            expected="one ModuleList as long as the text config's num_hidden_layers",
-            do="use a decoder-only transformer whose layers are separate modules",
-        )
-    layers_path = min(lists, key=lambda found: found[0].count("."))[0]
-    linears: dict[str, int] = {}
-    in_features: dict[str, int] = {}
+    decoder, decoder_path = find_decoder(model)
+    layers_path, n_layers, hidden_size = find_layers(model, decoder)
+    widths: dict[str, tuple[int, int]] = {}
     for path, child in decoder.named_modules():
-        if path.startswith(layers_path + ".") and isinstance(child, (nn.Linear, Conv1D)):
-            linears[path] = child.out_features if isinstance(child, nn.Linear) else child.nf
-            in_features[path] = child.in_features if isinstance(child, nn.Linear) else child.nx
-    ffn, reason = _feed_forward(linears, layers_path, n_layers, hidden_size)
+        if path.startswith(layers_path + "."):
+            if isinstance(child, nn.Linear):
+                widths[path] = (child.in_features, child.out_features)
+            elif isinstance(child, Conv1D):
+                widths[path] = (child.nx, child.nf)
+    experts = find_experts(decoder, layers_path)
+    found = find_blocks(decoder, layers_path, widths, hidden_size, experts)
     return Anatomy(
         decoder_path=decoder_path,
         layers_path=layers_path,
         n_layers=n_layers,
         hidden_size=hidden_size,
-        linears=linears,
-        in_features=in_features,
-        ffn=ffn,
-        mlp=_mlp(linears, ffn),
-        ffn_reason=reason,
+        linears={path: out for path, (_, out) in widths.items()},
+        in_features={path: into for path, (into, _) in widths.items()},
+        blocks=found.blocks,
+        ffn_reason=found.reason,
+        experts=experts,
     )
 
 
@@ -197,56 +271,3 @@ def module(model: nn.Module, anatomy: Anatomy, site: Site | str) -> nn.Module:
     path = site.path if isinstance(site, Site) else site
     anatomy.require(path)
     return model.get_submodule(anatomy.absolute_path(path))
-
-
-def _decoder(model: nn.Module) -> tuple[nn.Module, str]:
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) and getattr(model, "config", None) is not None else None
-    path = next((name for name, child in model.named_modules() if child is decoder), None)
-    if not isinstance(decoder, nn.Module) or path is None:
-        raise SafeglassesError(
-            "no language decoder found",
-            given=type(model).__name__,
-            expected="a transformers model whose get_decoder() returns one of its own modules",
-            do="load the model with safeglasses.load, or pass the whole model, not a part of it",
-        )
-    return decoder, path
-
-
-def _feed_forward(
-    linears: Mapping[str, int], layers_path: str, n_layers: int, hidden_size: int
-) -> tuple[tuple[str, ...], str]:
-    """Return the feed-forward output map of every layer, or nothing and the reason."""
-    found: list[str] = []
-    for layer in range(n_layers):
-        prefix = f"{layers_path}.{layer}."
-        candidates = [
-            path
-            for path, width in linears.items()
-            if path.startswith(prefix) and width == hidden_size and not _ATTENTION.search(path.removeprefix(prefix))
-        ]
-        parents = {path.rpartition(".")[0] for path in candidates}
-        if not candidates:
-            others = [p for p in linears if p.startswith(prefix) and not _ATTENTION.search(p.removeprefix(prefix))]
-            return (), (
-                f"layer {layer} has no linear map of width {hidden_size} outside attention"
-                + (f" (only {', '.join(others[:3])})" if others else "")
-                + "; fused experts are kept as one tensor, not as linear maps"
-            )
-        if len(parents) > 1:
-            return (), (
-                f"layer {layer} has {len(candidates)} candidates in {len(parents)} blocks "
-                f"({candidates[0]}, {candidates[1]} …), as mixtures of experts do"
-            )
-        found.append(candidates[-1])  # several in one block: intermediate size = hidden size, the output comes last
-    return tuple(found), ""
-
-
-def _mlp(linears: Mapping[str, int], ffn: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the linear maps that live beside the feed-forward output maps, attention left out."""
-    blocks = tuple(path.rpartition(".")[0] + "." for path in ffn)
-    return tuple(
-        path
-        for path in linears
-        if any(path.startswith(block) and not _ATTENTION.search(path.removeprefix(block)) for block in blocks)
-    )

@@ -29,7 +29,7 @@ def tap(
         PartialMatch: a site's module is missing (nothing is registered then).
     """
     wanted = tuple(dict.fromkeys(sites))
-    anatomy.require(*(site.path for site in wanted))
+    anatomy.require_linear(wanted)
     with ExitStack() as hooks:
         for site in wanted:
             _attach(hooks, model, anatomy, site, _reader(site, callback))
@@ -46,7 +46,7 @@ def scaled(model: nn.Module, anatomy: Anatomy, factors: Mapping[Site, Float[Tens
         PartialMatch: a site's module is missing (nothing is registered then).
         SafeglassesError: a site's factors have the wrong length (nothing is registered then).
     """
-    anatomy.require(*(site.path for site in factors))
+    anatomy.require_linear(factors)
     for site, factor in factors.items():
         width = anatomy.width(site)
         if factor.shape != (width,):
@@ -69,7 +69,7 @@ def replaced(model: nn.Module, anatomy: Anatomy, visits: Mapping[Site, Callable[
     Raises:
         PartialMatch: a site's module is missing (nothing is registered then).
     """
-    anatomy.require(*(site.path for site in visits))
+    anatomy.require_linear(visits)
     with ExitStack() as hooks:
         for site, visit in visits.items():
             _attach(hooks, model, anatomy, site, visit)

@@ -1,35 +1,44 @@
-"""Addresses of neurons: a `Site` is one side of one linear map of the language decoder."""
+"""Addresses of neurons: a `Site` is one side of one map of the language decoder, or of one expert among fused ones."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from safeglasses.errors import SafeglassesError
 
-Side = Literal["in", "out"]
-_TEXT = re.compile(r"(?P<path>[A-Za-z_][\w.]*):(?P<side>in|out)")
+Side = Literal["in", "out", "gate", "up"]
+SIDES: tuple[Side, ...] = get_args(Side)
+_TEXT = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.\w+)*):(?P<side>in|out|gate|up)")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+_EXPERT = re.compile(r"(?:^|\.)(?P<list>\w*experts?\w*)\.(?P<number>\d+)(?=\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """The input or output side of one linear map, addressed relative to the decoder.
+    """One side of one linear map, or of one expert of a fused-experts module, addressed relative to the decoder.
 
     Relative addresses outlive the nesting of wrappers: the same text names the same neurons whether the
     decoder stands alone or inside a vision-language model.
+
+    A linear map has ``in`` and ``out``. One of fused experts, ``layers.3.mlp.experts.17``, is a whole feed-forward
+    block in slices of larger tensors: ``in`` is what its down projection reads (its neurons), ``out`` what that
+    writes before the routing weight, ``gate`` and ``up`` what the two halves of its first map write before the
+    activation. They are what ``down_proj:in``, ``down_proj:out``, ``gate_proj:out`` and ``up_proj:out`` would be.
+
+    Sites sort as text; `Anatomy.sites` gives the model's own order.
     """
 
     path: str
-    """Module path below the decoder, e.g. ``layers.12.mlp.down_proj``."""
+    """Module path below the decoder, e.g. ``layers.12.mlp.down_proj`` or ``layers.12.mlp.experts.17``."""
     side: Side
-    """``in``: the vector the map reads; ``out``: the vector it writes (bias included)."""
+    """``in``: the vector the map reads; ``out``: the vector it writes (bias included); ``gate``, ``up``: see above."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.side}"
 
     @classmethod
     def parse(cls, text: str) -> "Site":
-        """Read ``layers.12.mlp.down_proj:in``.
+        """Read ``layers.12.mlp.down_proj:in`` or ``layers.12.mlp.experts.17:up``.
 
         Raises:
             SafeglassesError: the text is no site.
@@ -39,9 +48,10 @@ class Site:
             raise SafeglassesError(
                 "not a site address",
                 given=repr(text),
-                expected="PATH:in or PATH:out, e.g. layers.0.mlp.up_proj:out",
+                expected="PATH:in or PATH:out, e.g. layers.0.mlp.up_proj:out; of fused experts also "
+                "layers.0.mlp.experts.17:gate and :up",
             )
-        return cls(match["path"], "in" if match["side"] == "in" else "out")
+        return cls(match["path"], next(side for side in SIDES if side == match["side"]))
 
     @property
     def layer(self) -> int:
@@ -50,11 +60,24 @@ class Site:
         return int(match[1]) if match else -1
 
     @property
+    def expert(self) -> int | None:
+        """Number of the expert the site belongs to, fused or a module of its own; None outside experts."""
+        match = _EXPERT.search(self._inside_layer())
+        return int(match["number"]) if match else None
+
+    @property
     def kind(self) -> str:
-        """The address without its layer: ``mlp.down_proj:in``; one row of the report's heat map."""
-        match = _LAYER.search(self.path)
-        return f"{self.path[match.end() + 1 :] if match else self.path}:{self.side}"
+        """The address without its layer and expert: ``mlp.down_proj:in``; one row of the report's heat map."""
+        return f"{_EXPERT.sub(_without_number, self._inside_layer(), count=1)}:{self.side}"
 
     def neuron(self, index: int) -> str:
         """Text form of one neuron: ``layers.12.mlp.down_proj:in#4077``."""
         return f"{self}#{index}"
+
+    def _inside_layer(self) -> str:
+        match = _LAYER.search(self.path)
+        return self.path[match.end() + 1 :] if match else self.path
+
+
+def _without_number(match: re.Match[str]) -> str:
+    return match[0].removesuffix("." + match["number"])

@@ -63,9 +63,11 @@ def direction(vlm: VLM, site: Site, index: int) -> Direction:
     Where the block's output passes a norm before the residual stream (Gemma, GLM), so does the direction.
     """
     anatomy = vlm.anatomy
-    ffn = anatomy.ffn[site.layer] if anatomy.ffn and 0 <= site.layer < len(anatomy.ffn) else None
-    if ffn is not None and site.path in anatomy.mlp:
-        return _feed_forward(vlm, site, index, ffn)
+    if anatomy.expert(site) is not None:
+        return Direction(None, "not worked out for fused experts")
+    block = anatomy.block_of(site.path)
+    if block is not None:
+        return _feed_forward(vlm, site, index, block.down)
     return _attention(vlm, site, index)
 
 

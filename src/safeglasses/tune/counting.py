@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.selection import Selection
-from safeglasses.model import loading
 from safeglasses.model.anatomy import Anatomy, anatomy
+from safeglasses.model.atlas import on_meta
 from safeglasses.tune.config import Mode, TuneConfig
 from safeglasses.tune.targets import Target, targets_of
 
@@ -116,10 +115,3 @@ def evenly(parts: Anatomy, text_config: Any, share: float | int) -> Selection:
             )
         masks[site] = torch.arange(width) < k
     return Selection(masks)
-
-
-def on_meta(config: PreTrainedConfig) -> nn.Module:
-    """Build the model of a config without weights."""
-    auto = loading.auto_class(config.model_type, config)
-    with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
-        return auto.from_config(config).eval()

@@ -107,8 +107,8 @@ def makers_of(anatomy: Anatomy, down: str) -> list[str]:
     Raises:
         SafeglassesError: there are none, because gate and up are one tensor.
     """
-    block, width = down.rpartition(".")[0] + ".", anatomy.in_features[down]
-    inside = [path for path in anatomy.mlp if path.startswith(block) and path != down]
+    block, width = anatomy.block_of(down), anatomy.in_features[down]
+    inside = list(block.makers) if block is not None else []
     found = [path for path in inside if anatomy.linears[path] == width]
     if not found:
         held = ", ".join(f"{path} with {anatomy.linears[path]:,} outputs" for path in inside) or "nothing else"
@@ -146,6 +146,15 @@ def _checked_sites(anatomy: Anatomy, text_config: Any, neurons: Selection, confi
             do="use a dense model; mixtures of experts are not supported",
         )
     sites = in_order(neurons.masks)
+    expert = next((site for site in sites if site.expert is not None), None)
+    if expert is not None:
+        raise SafeglassesError(
+            "neurons of experts cannot be tuned",
+            given=str(expert),
+            expected="neurons that every token passes",
+            do="leave these sites out: which expert a token meets depends on the token, and fused experts have no "
+            "rows that an adapter could train",
+        )
     other = [site for site in sites if site.side != "in" or site.path not in anatomy.ffn]
     if other:
         raise SafeglassesError(
