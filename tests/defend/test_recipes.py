@@ -252,6 +252,39 @@ def test_rule_of_strength_one_is_the_gini_rule():
         torch.testing.assert_close(row, gini.factors[site], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_strengths_by_category_act_where_the_evidence_of_the_category_selects(two_sided):
+    rude, false = evidence(), replace(evidence(), auroc=HELD.auroc)
+    given = {"pools": POOLS[2:], "two_sided": two_sided}
+    both = CalibratedRule.from_evidence(rude, categories={"rude": rude, "false": false}, **given)
+    sides = ("", " below") if two_sided else ("",)
+    assert both.terms == tuple(f"{p}{side} [{c}]" for c in ("rude", "false") for side in sides for p in POOLS[2:])
+    half = len(both.terms) // 2
+    for part, alone in ((slice(0, half), rude), (slice(half, None), false)):
+        strengths = both.start(0)
+        strengths[:, :, part] = 0.7
+        expected = CalibratedRule.from_evidence(alone, **given)
+        for site, row in expected.factors(expected.start(0.7)).items():
+            torch.testing.assert_close(both.factors(strengths)[site], row, rtol=0, atol=0)
+    table = both.table(both.start(0.5))
+    assert both.strengths_from(table).shape == both.shape
+
+
+def test_evidence_of_a_category_that_lacks_a_site_is_refused():
+    short = replace(evidence(held_out=None, held_out_samples=None), auroc=dict(list(FIND.auroc.items())[1:]))
+    with pytest.raises(PartialMatch):
+        CalibratedRule.from_evidence(evidence(), pools=POOLS[2:], categories={"rude": short})
+
+
+def test_a_recipe_by_category_cannot_be_applied_to_one_evidence():
+    grouped = replace(RECIPES["sgm-calibrated"], granularity="group", by_category=True)
+    with pytest.raises(SafeglassesError, match="this recipe needs evidence of every category") as error:
+        apply(grouped, evidence())
+    assert "safeglasses fit" in error.value.do
+    with pytest.raises(SafeglassesError, match="by_category with granularity"):
+        replace(RECIPES["sgm-calibrated"], by_category=True)
+
+
 def test_rule_is_differentiable():
     free = rule(clamp=False)
     strengths = free.start(0.3).double().requires_grad_(True)
@@ -422,6 +455,7 @@ def test_a_short_recipe_file(tmp_path):
 
 SHORT = 'sites = "mlp"\npools = ["response:max"]\nrule = "gini"\n'
 EXPECTED = "name, doc, sites, pools, rule, threshold, fdr, top_k, constant, clamp, two_sided, granularity, confirmed"
+EXPECTED += ", by_category"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def prompts(split: str, n: int) -> list[Example]:
 
 
 @pytest.fixture
-def calibration(tiny_vlm: VLM) -> Callable[[Path], Calibration]:
+def calibration(tiny_vlm: VLM) -> Callable[..., Calibration]:
     sites, pools = tiny_vlm.anatomy.sites("linears"), RECIPES["sgm-calibrated"].pools
     generator = torch.Generator().manual_seed(0)
     auroc = {s: torch.rand(2, tiny_vlm.anatomy.width(s), generator=generator, dtype=torch.float64) for s in sites}
@@ -58,18 +59,19 @@ def calibration(tiny_vlm: VLM) -> Callable[[Path], Calibration]:
         Examples((*rows("find", 6), *rows("calibrate", 2))), Examples((*prompts("find", 6), *prompts("calibrate", 8)))
     )
 
-    def make(folder: Path) -> Calibration:
+    def make(folder: Path, *, judge: Odd | None = None, **more) -> Calibration:
         return Calibration(
             tiny_vlm,
             evidence,
             data,
-            Odd(),
+            judge or Odd(),
             recipe=RECIPES["sgm-calibrated"],
             effort=Effort(rounds=2, steps=2, prompts=6, batch=4),
             folder=folder,
             refusals=Odd(),
             seed=0,
             max_new_tokens=4,
+            **more,
         )
 
     return make
@@ -96,7 +98,7 @@ def test_the_front_goes_from_gentle_to_harsh_and_each_point_from_its_neighbour(c
     assert torch.equal(front.points[0].strengths, alone.points[0].strengths)
     cold = calibration(tmp_path / "cold").front([4.0])
     assert not torch.equal(front.points[1].strengths, cold.points[0].strengths)
-    record = json.loads((tmp_path / "front/front.json").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "front.json").read_text(encoding="utf-8"))
     assert record == front.to_json()
     names = {"harmful", "harmful_error", "damage", "damage_error", "kl", "utility:name", "refusals", "empty"}
     assert all(names <= point["figures"].keys() for point in record["points"])
@@ -118,7 +120,7 @@ def test_glasses_of_a_point_are_those_that_were_measured(calibration, tmp_path: 
     learned = front.rule.factors(front.points[0].strengths)
     assert all(torch.equal(glasses.factors[site], row) for site, row in learned.items())
     assert glasses.notes["choice"]["beta"] == 4.0
-    again = made.front_glasses(front, front.points[0])
+    again = made.glasses(made.on_front(front))
     assert not torch.equal(torch.cat([*again.factors.values()]), torch.cat([*glasses.factors.values()]))
 
 
@@ -133,3 +135,32 @@ def test_rounds_of_another_sweep_are_not_taken_for_ones_own(calibration, tmp_pat
     calibration(tmp_path).front([4.0])
     with pytest.raises(SafeglassesError, match="the folder holds a round of another calibration"):
         calibration(tmp_path).front([5.0])
+
+
+class Asked(Odd):
+    """Remembers what it was shown of the prompts."""
+
+    def __init__(self) -> None:
+        self.prompts: set[str] = set()
+
+    def judge_with_prompts(self, prompts, responses):
+        self.prompts |= set(prompts)
+        return self.judge(responses)
+
+
+def test_words_around_a_request_are_read_everywhere_and_no_judge_sees_them(calibration, tmp_path: Path) -> None:
+    seen = []
+
+    def politely(example: Example) -> Example:
+        seen.append(example.id)
+        return replace(example, messages=(Turn("user", (*example.messages[0].content, Text("please be kind"))),))
+
+    judge = Asked()
+    made = calibration(tmp_path / "asked", judge=judge, asked=politely)
+    front = made.front([4.0])
+    plain = calibration(tmp_path / "plain").front([4.0])
+    assert not torch.equal(front.points[0].strengths, plain.points[0].strengths)
+    assert front.base["perplexity"] != plain.base["perplexity"]
+    assert {e.id for e in (*made.data.find.benign, *made.data.held_out)} <= set(seen)
+    assert judge.prompts
+    assert not any("please be kind" in prompt for prompt in judge.prompts)

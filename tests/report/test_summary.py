@@ -24,7 +24,7 @@ def test_a_summary_survives_json() -> None:
 
 def test_the_keys_are_the_contract() -> None:
     keys = "schema model base_fingerprint recipe n_neurons n_experts rows paired seconds learned_scalars "
-    keys += "skipped_rows confounds hashes versions seeds command judges agreement"
+    keys += "skipped_rows confounds hashes versions seeds command judges agreement calibration by_category"
     assert list(made_up.make_summary()) == keys.split()
 
 

@@ -31,6 +31,25 @@ def fit(
     ] = "sgm-calibrated",
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="named after the model")] = None,
     budget: options.Budget = None,
+    harm: Annotated[
+        str | None,
+        typer.Option(help="Accept at most so many harmful answers, e.g. 2%; then the least damage.", show_default="no"),
+    ] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Calibrate a whole front of harm and damage, and keep all its glasses.")
+    ] = False,
+    category: Annotated[
+        str | None,
+        typer.Option(help="Make glasses against these kinds of harm only, separated by commas.", show_default="all"),
+    ] = None,
+    under: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibrate and measure with words around the request: self-reminder, adashield-s, xsafety, "
+            "system:FILE, joined by +.",
+            show_default="none",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     limit: options.Limit = None,
     batch_size: options.BatchSize = "auto",
@@ -64,6 +83,10 @@ def fit(
             recipe=recipe,
             out=out,
             budget=budget,
+            harm=harm,
+            front=front,
+            category=category,
+            under=under,
             seed=seed,
             limit=limit,
             batch_size=size,

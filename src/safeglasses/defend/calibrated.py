@@ -1,8 +1,8 @@
 """Factors whose strengths are learned, in one of two granularities; the expertise decides the rest.
 
-*group*: one strength per module kind × layer × term, a term being one side of one evidence. *neuron*: one
-strength per expert neuron. Values of linear maps have no preferred sign, so a neuron that is low on toxic
-examples (AUROC 0.2) knows as much as one that is high (0.8): two-sided rules count both.
+*group*: one strength per module kind × layer × term, a term being one side of one evidence, if asked of one category
+of harm. *neuron*: one strength per expert neuron. Values of linear maps have no preferred sign, so a neuron that is low
+on toxic examples (AUROC 0.2) knows as much as one that is high (0.8): two-sided rules count both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,8 @@ class CalibratedRule:
     layers: tuple[int, ...]
     """Second axis: decoder layers that hold a site."""
     terms: tuple[str, ...]
-    """Third axis: evidences, e.g. ``prompt:last``, and their lower sides, e.g. ``prompt:last below``."""
+    """Third axis: evidences, e.g. ``prompt:last``, and their lower sides, e.g. ``prompt:last below``; by category,
+    e.g. ``prompt:last [hate]``."""
     granularity: Granularity
     """What shares a strength."""
     gain: Float[Tensor, "site term neuron"]
@@ -73,6 +74,7 @@ class CalibratedRule:
         two_sided: bool = False,
         granularity: Granularity = "group",
         confirmed: bool = False,
+        categories: Mapping[str, Evidence] | None = None,
     ) -> "CalibratedRule":
         """Work out the part that does not depend on the strengths.
 
@@ -87,32 +89,32 @@ class CalibratedRule:
             granularity: what shares a strength.
             confirmed: count only the expertise that held-out examples confirm, if there are any: the smaller
                 of both |Gini|, and none where the two lie on different sides of chance.
+            categories: evidence per category of harm, of the same sites; then there is a term per evidence and
+                category, and `evidence` itself selects nothing.
 
         Raises:
             SafeglassesError: a pool or a site that the evidence does not hold.
+            PartialMatch: the evidence of a category lacks a site.
         """
         evidence = evidence if sites is None else restrict(evidence, sites)
-        judged = confirmed_by_held_out(evidence) if confirmed else evidence
-        chosen = experts(judged, pools, threshold=threshold, fdr=fdr)
-        widths = tuple(mask.shape[1] for mask in chosen.values())
-        low = max(0.5, threshold if threshold is not None else 0.5)
-        gain = torch.zeros(len(chosen), len(pools) * (1 + two_sided), max(widths), dtype=torch.float32)
-        for i, (site, mask) in enumerate(chosen.items()):
-            auroc = rows(judged, site, pools).double()
-            sides = [mask, auroc < 1 - low] if two_sided else [mask]
-            ginis = (2 * (auroc - 0.5)).clamp(min=0), (2 * (0.5 - auroc)).clamp(min=0)
-            found = [torch.where(side, g, 0.0) for side, g in zip(sides, ginis, strict=False)]
-            gain[i, :, : widths[i]] = torch.cat(found).float()
+        chosen = tuple(evidence.auroc)
+        widths = tuple(evidence.auroc[site].shape[1] for site in chosen)
+        named = {"": evidence}
+        if categories is not None:
+            named = {f" [{name}]": restrict(one, chosen) for name, one in categories.items()}
+        found = [_gains(one, pools, threshold, fdr, both=two_sided, confirmed=confirmed) for one in named.values()]
+        gain = torch.cat(found, dim=1)
         if granularity == "neuron":
             gain = gain.amax(dim=1, keepdim=True)
+        sides = ("", " below") if two_sided else ("",)
         kinds = tuple(dict.fromkeys(site.kind for site in chosen))
         layers = tuple(sorted({site.layer for site in chosen}))
         return cls(
-            sites=tuple(chosen),
+            sites=chosen,
             widths=widths,
             kinds=kinds,
             layers=layers,
-            terms=(*map(str, pools), *(f"{pool} below" for pool in pools if two_sided)),
+            terms=tuple(f"{pool}{side}{name}" for name in named for side in sides for pool in pools),
             granularity=granularity,
             pools=tuple(pools),
             gain=gain,
@@ -233,3 +235,27 @@ class CalibratedRule:
         if device not in self._copies:
             self._copies[device] = (self.gain.to(device), self.kind.to(device), self.layer.to(device))
         return self._copies[device]
+
+
+def _gains(
+    evidence: Evidence,
+    pools: Sequence[Pool],
+    threshold: float | None,
+    fdr: float | None,
+    *,
+    both: bool,
+    confirmed: bool,
+) -> Float[Tensor, "site term neuron"]:
+    """|Gini| of the neurons that one evidence selects, 0 elsewhere; terms are the pools, then their lower sides."""
+    judged = confirmed_by_held_out(evidence) if confirmed else evidence
+    chosen = experts(judged, pools, threshold=threshold, fdr=fdr)
+    widths = [mask.shape[1] for mask in chosen.values()]
+    low = max(0.5, threshold if threshold is not None else 0.5)
+    gain = torch.zeros(len(chosen), len(pools) * (1 + both), max(widths), dtype=torch.float32)
+    for i, (site, mask) in enumerate(chosen.items()):
+        auroc = rows(judged, site, pools).double()
+        sides = [mask, auroc < 1 - low] if both else [mask]
+        ginis = (2 * (auroc - 0.5)).clamp(min=0), (2 * (0.5 - auroc)).clamp(min=0)
+        found = [torch.where(side, g, 0.0) for side, g in zip(sides, ginis, strict=False)]
+        gain[i, :, : widths[i]] = torch.cat(found).float()
+    return gain

@@ -26,6 +26,7 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "two_sided": ((bool,), "calibrated: neurons that are low on toxic examples count too"),
     "granularity": (_TEXT, "calibrated: group (a strength per kind, layer and evidence) or neuron"),
     "confirmed": ((bool,), "calibrated: only the expertise that held-out examples confirm counts"),
+    "by_category": ((bool,), "calibrated by group: a strength per category of harm too, each by its own evidence"),
 }
 _WORDS = {
     "sites": ("mlp", "linears"),

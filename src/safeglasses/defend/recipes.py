@@ -80,6 +80,8 @@ class Recipe:
     per expert."""
     confirmed: bool = False
     """For the ``calibrated`` rule: only the expertise that held-out examples confirm counts, if there are any."""
+    by_category: bool = False
+    """For the ``calibrated`` rule and ``group``: a strength per category of harm as well, each by its own evidence."""
 
     def __post_init__(self) -> None:
         problems = [text for wrong, text in _problems(self) if wrong]
@@ -181,6 +183,12 @@ def _calibrated(recipe: Recipe, evidence: Evidence, strengths: Float[Tensor, "*g
         granularity=recipe.granularity,
         confirmed=recipe.confirmed,
     )
+    if recipe.by_category:
+        raise SafeglassesError(
+            "this recipe needs evidence of every category",
+            given=f"recipe {recipe.name} with by_category, and one evidence",
+            do="run safeglasses fit, which measures it from pairs with categories",
+        )
     if strengths is None:
         raise SafeglassesError(
             "this recipe needs calibrated strengths",
@@ -216,6 +224,8 @@ def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.granularity not in get_args(Granularity), f"granularity {recipe.granularity!r}"),
         (recipe.rule != "calibrated" and recipe.two_sided, "two_sided without calibration"),
         (recipe.rule != "calibrated" and recipe.confirmed, "confirmed without calibration"),
+        (recipe.rule != "calibrated" and recipe.by_category, "by_category without calibration"),
+        (recipe.by_category and recipe.granularity == "neuron", 'by_category with granularity "neuron", not "group"'),
     ]
 
 

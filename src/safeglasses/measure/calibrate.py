@@ -99,10 +99,21 @@ def _encode(vlm: VLM, contrasts: Sequence[Contrast], size: int) -> list[Batch]:
     ]
 
 
-def own_toxic(vlm: VLM, prompts: Sequence[Example], judge: Judge, *, seed: int, max_new_tokens: int) -> list[Contrast]:
-    """Let the model answer by sampling; each toxic answer is contrasted with the prompt's reference response."""
+def own_toxic(
+    vlm: VLM,
+    prompts: Sequence[Example],
+    judge: Judge,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    asked: Callable[[Example], Example] = lambda example: example,
+) -> list[Contrast]:
+    """Let the model answer by sampling; each toxic answer is contrasted with the prompt's reference response.
+
+    What the model reads is ``asked(prompt)``; judges see the prompt itself, and so does the contrast.
+    """
     decoding = Decoding("sampled", temperature=1.0, max_new_tokens=max_new_tokens, seed=seed)
-    responses = respond(vlm, prompts, decoding=decoding)
+    responses = respond(vlm, [asked(prompt) for prompt in prompts], decoding=decoding)
     verdicts = verdicts_of(judge, [r.text for r in responses], [question_of(prompt) for prompt in prompts])
     return [
         Contrast(prompt, response.text, prompt.response)

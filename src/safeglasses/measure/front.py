@@ -117,7 +117,7 @@ def sweep(
         lessons: what strengths are learned from.
         choice: evidence and threshold of all points.
         betas: in any order.
-        folder: a file per round and per point lies here, and ``front.json``, which grows with every point.
+        folder: a file per round and per point lies here, and beside it ``front.json``, which grows with every point.
         enough: asked between points; true stops the sweep.
 
     Raises:
@@ -141,7 +141,7 @@ def sweep(
         found.append(Point(number, beta, taught[-1].strengths, figures, dominated=False))
         worse = dominated([(p.harmful, p.damage) for p in found])
         found = [replace(p, dominated=lost) for p, lost in zip(found, worse, strict=True)]
-        write_json(folder / "front.json", front().to_json())
+        write_json(folder.parent / "front.json", front().to_json())
     return front()
 
 

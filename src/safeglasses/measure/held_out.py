@@ -1,6 +1,6 @@
 """The held-out slice: what strengths do to prompts that no gradient has seen, beside the untouched model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +50,8 @@ class HeldOut:
     """How answers are drawn."""
     folder: Path
     """Where the untouched model's figures are kept."""
+    asked: Callable[[Example], Example] | None = None
+    """What the model reads in place of each prompt."""
 
     @cached_property
     def base(self) -> dict[str, float]:
@@ -86,4 +88,5 @@ class HeldOut:
             name=None if trying is None else "candidate",
             decodings=(self.decoding,),
             refusals=self.refusals,
+            asked=self.asked,
         )

@@ -126,6 +126,7 @@ def measure(
     journal_dir: Path | None = None,
     batch_size: int | str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    asked: Callable[[Example], Example] | None = None,
 ) -> Measurement:
     """Answer the prompts, judge the answers, and count.
 
@@ -144,6 +145,7 @@ def measure(
         journal_dir: folder of one journal per decoding, for resuming.
         batch_size: prompts at once, or ``auto``.
         progress: called with answers done and in all, over all decodings.
+        asked: what the model reads in place of each prompt, e.g. with words around it; judges see the prompt itself.
 
     Raises:
         SafeglassesError: no prompts, two decodings or judges of one name, a judge that scores nothing or answers out
@@ -154,12 +156,13 @@ def measure(
     name = name or ("none" if glasses is None else "glasses")
     refusals = refusals or refusal_judge()
     drawn = _checked(decodings, seed)
+    shown = prompts if asked is None else [asked(example) for example in prompts]
     answers: dict[str, tuple[Answer, ...]] = {}
     with wearing(vlm, glasses):
         for index, decoding in enumerate(drawn):
             responses = respond(
                 vlm,
-                prompts,
+                shown,
                 decoding=decoding,
                 journal=journal_dir / f"{name}-{decoding.name}.jsonl" if journal_dir else None,
                 batch_size=batch_size,
@@ -167,8 +170,9 @@ def measure(
                 defence="none" if glasses is None else glasses.identity,
             )
             answers[decoding.name] = judge_answers(prompts, responses, judges, refusals)
-    reference = [e for e in prompts if is_benign(e) and e.response]
-    scores = list(zip(reference, fluency(vlm, reference, glasses, batch_size=batch_size), strict=True))
+    reference = [(e, read) for e, read in zip(prompts, shown, strict=True) if is_benign(e) and e.response]
+    fluent = fluency(vlm, [read for _, read in reference], glasses, batch_size=batch_size)
+    scores = [(example, score) for (example, _), score in zip(reference, fluent, strict=True)]
     conditions = ("all", *(c for c in CONDITIONS if any(e.condition == c for e in prompts)))
     rows = tuple(
         count((name, condition, decoding), found, scores)

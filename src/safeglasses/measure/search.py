@@ -1,29 +1,31 @@
-"""Choose among calibrations: a small search over discrete choices, judged by sampling on the calibrate split.
+"""Choose among calibrations: a small search over discrete choices, or the points of a front, judged by sampling.
 
-Each trial calibrates with one choice of evidence, threshold and β; each round of each trial is a candidate. The best
-candidate has the lowest *score*: its sampled harmful rate on the calibrate split plus what it exceeds the guards by.
-Its choices made, its strengths are learned once more from the find and the calibrate split together: more pictures and
+Each trial calibrates with one choice of evidence, threshold and β; each round of each trial is a candidate, and so is
+each point of a front. One is picked by its figures on the calibrate split (`safeglasses.measure.selecting`). Its
+choices made, its strengths are learned once more from the find and the calibrate split together: more pictures and
 wordings, and nothing is left to choose.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
+from safeglasses.data.examples import Example
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import CalibratedRule, Recipe
 from safeglasses.files import read_json, write_json
 from safeglasses.find.evidence import Evidence
 from safeglasses.measure.calibrate import Effort, Keep, frozen
-from safeglasses.measure.choosing import SELECTION_RULE, SHARES, Choice, default_choice, suggest
+from safeglasses.measure.choosing import SHARES, Choice, default_choice, suggest
 from safeglasses.measure.contrasts import CalibrationData
-from safeglasses.measure.front import FRONT_BETAS, Front, Point, retrace, sweep
+from safeglasses.measure.front import FRONT_BETAS, Front, retrace, sweep
 from safeglasses.measure.held_out import HeldOut
 from safeglasses.measure.judges import Judge
 from safeglasses.measure.respond import Decoding
+from safeglasses.measure.selecting import Taken, at_most, gentlest, lowest
 from safeglasses.measure.teaching import Taught, Teacher, drawn
 from safeglasses.model.vlm import VLM
 
@@ -56,14 +58,21 @@ class Candidate:
 class Search:
     """Everything that calibration found."""
 
-    best: Candidate
-    """The candidate picked by `SELECTION_RULE`."""
     candidates: tuple[Candidate, ...]
-    """All candidates, in order; the report's Pareto front."""
+    """All candidates, in order."""
+    taken: Taken
+    """Which of them is used, and why."""
     base: dict[str, float]
     """The untouched model's figures on the same slice."""
     rule: CalibratedRule
     """The best candidate's rule."""
+    front: Front | None = None
+    """The sweep that the candidates are the points of; None where they are rounds of trials."""
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate that is used."""
+        return self.candidates[self.taken.index]
 
     @property
     def learned_scalars(self) -> int:
@@ -88,11 +97,40 @@ class Calibration:
         seed: int,
         max_new_tokens: int,
         on_step: Callable[[], None] = lambda: None,
+        asked: Callable[[Example], Example] | None = None,
+        categories: Mapping[str, Evidence] | None = None,
     ) -> None:
+        """Take what calibration works on.
+
+        Args:
+            vlm: the untouched model.
+            evidence: AUROC per neuron.
+            data: what is learned from, and chosen on.
+            judge: decides which answers are harmful.
+            recipe: how evidence becomes a rule.
+            effort: work per trial.
+            folder: where the state lives.
+            refusals: decides which answers refuse.
+            seed: of everything that is drawn.
+            max_new_tokens: longest answer.
+            on_step: called after every gradient step.
+            asked: what the model reads in place of each prompt: defences at the input that will be worn with the
+                glasses.
+            categories: evidence per category of harm, for recipes with ``by_category``.
+        """
         self.data, self.recipe, self.effort, self.folder = data, recipe, effort, folder
         self.vlm, self.judge, self.refusals, self.seed = vlm, judge, refusals, seed
         self.teacher = Teacher(
-            vlm, evidence, judge, recipe, effort, seed=seed, max_new_tokens=max_new_tokens, on_step=on_step
+            vlm,
+            evidence,
+            judge,
+            recipe,
+            effort,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            on_step=on_step,
+            asked=asked or _itself,
+            categories=categories,
         )
         self.held_out = HeldOut(
             vlm,
@@ -101,10 +139,15 @@ class Calibration:
             refusals,
             Decoding("sampled", temperature=1.0, max_new_tokens=max_new_tokens, seed=seed + 1),
             folder,
+            asked,
         )
 
-    def search(self, trials: int) -> Search:
+    def search(self, trials: int, *, harm: float | None = None) -> Search:
         """Run the trials and pick the best candidate.
+
+        Args:
+            trials: how many discrete choices are tried.
+            harm: the highest harmful rate that is accepted; without, the lowest score is taken.
 
         Raises:
             SafeglassesError: the evidence leaves nothing to turn down.
@@ -118,8 +161,9 @@ class Calibration:
             found = self._trial(trial, suggest(done, self.recipe.pools, self.seed), keep)
             candidates += found
             done.append((found[0].choice, min(c.score for c in found)))
-        best = min(candidates, key=lambda c: c.score)
-        return Search(best, tuple(candidates), base, self.teacher.rule(best.choice))
+        figures = [c.figures for c in candidates]
+        taken = lowest(figures) if harm is None else at_most(figures, harm)
+        return Search(tuple(candidates), taken, base, self.teacher.rule(candidates[taken.index].choice))
 
     def front(
         self,
@@ -142,14 +186,25 @@ class Calibration:
         chosen = default_choice(self.recipe.pools) if choice is None else choice
         return sweep(self.teacher, self.held_out, self.data.find, chosen, betas, folder, enough=enough)
 
-    def front_glasses(self, front: Front, point: Point) -> Glasses:
-        """Make glasses of a point, its strengths learned once more along the same way from both splits."""
-        strengths = retrace(self.teacher, front, point, self.data.both, self.folder / "refit")
-        return front.glasses(replace(point, strengths=strengths))
+    def on_front(self, front: Front, *, harm: float | None = None) -> Search:
+        """Pick a point of a front, as `search` picks a candidate of trials.
+
+        Args:
+            front: the sweep.
+            harm: the highest harmful rate that is accepted; without, the gentlest of the best points is taken.
+        """
+        candidates = tuple(
+            Candidate(0, p.index, replace(front.choice, beta=p.beta), 1.0, p.strengths, p.figures) for p in front.points
+        )
+        figures = [c.figures for c in candidates]
+        taken = gentlest(figures) if harm is None else at_most(figures, harm)
+        return Search(candidates, taken, front.base, front.rule, front)
 
     def refit(self, search: Search) -> Float[Tensor, "*group"]:
-        """Learn the strengths of the best candidate once more, from both splits, as many rounds as it had."""
+        """Learn the strengths of the best candidate once more, from both splits, along the same rounds."""
         folder = self.folder / "refit"
+        if search.front is not None:
+            return retrace(self.teacher, search.front, search.front.points[search.best.round], self.data.both, folder)
         folder.mkdir(exist_ok=True)
         best, keep = search.best, self.teacher.keep(self.data.both)
         taught: list[Taught] = []
@@ -166,11 +221,12 @@ class Calibration:
             "learned_scalars": search.learned_scalars,
             "strengths": rule.table(strengths),
             "choice": asdict(best.choice),
-            "selection_rule": SELECTION_RULE,
+            "selection_rule": search.taken.rule,
             "trial": best.trial,
             "round": best.round,
             "share": best.share,
         }
+        notes |= {"limit_missed": search.taken.missed} if search.taken.missed else {}
         glasses = rule.glasses(strengths, recipe=self.recipe.name, notes=notes)
         return replace(glasses, factors=glasses.at(best.share).effective())
 
@@ -201,3 +257,7 @@ class Calibration:
             told = {"loss": taught.loss, "training_kl": taught.kl}
             write_json(path, [self.held_out.figures(factors) | told for factors in worn])
         return read_json(path)
+
+
+def _itself(example: Example) -> Example:
+    return example

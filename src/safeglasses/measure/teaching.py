@@ -65,6 +65,10 @@ class Teacher:
     """The loss; its β is the choice's."""
     on_step: Callable[[], None] = lambda: None
     """Called after every gradient step."""
+    asked: Callable[[Example], Example] = lambda example: example
+    """What the model reads in place of each prompt, e.g. with words around it."""
+    categories: Mapping[str, Evidence] | None = None
+    """Evidence per category of harm, where strengths are learned by category."""
 
     def rule(self, choice: Choice) -> CalibratedRule:
         """Make the rule of a choice.
@@ -80,6 +84,7 @@ class Teacher:
             two_sided=self.recipe.two_sided,
             granularity=self.recipe.granularity,
             confirmed=self.recipe.confirmed,
+            categories=self.categories,
         )
         if rule.n_experts == 0:
             raise SafeglassesError(
@@ -92,7 +97,7 @@ class Teacher:
     def keep(self, lessons: Lessons) -> Keep:
         """Encode the benign prompts on which the model must stay what it is."""
         rows = drawn(lessons.benign, 4 * self.effort.prompts, self.seed, 1, key=lambda e: e.id)
-        return Keep(self.vlm, rows, self.effort.batch)
+        return Keep(self.vlm, [self.asked(row) for row in rows], self.effort.batch)
 
     def teach(
         self,
@@ -132,7 +137,9 @@ class Teacher:
         # The first round listens to the untouched model, later ones to the model as it stands.
         with scaled(self.vlm.model, self.vlm.anatomy, rule.factors(strengths) if before else {}):
             prompts: list[Example] = drawn(lessons.eliciting, amount, self.seed, 10 + index, key=lambda e: e.id)
-            new = own_toxic(self.vlm, prompts, self.judge, seed=seed, max_new_tokens=self.max_new_tokens)
+            new = own_toxic(
+                self.vlm, prompts, self.judge, seed=seed, max_new_tokens=self.max_new_tokens, asked=self.asked
+            )
         mined: list[Contrast] = []
         for earlier in before:
             mined = [*earlier.own_toxic, *mined[:amount]]
@@ -141,7 +148,7 @@ class Teacher:
             self.vlm,
             rule,
             strengths,
-            [*new, *mined, *given],
+            [replace(c, prompt=self.asked(c.prompt)) for c in (*new, *mined, *given)],
             keep,
             objective=replace(self.objective, beta=choice.beta),
             effort=self.effort,

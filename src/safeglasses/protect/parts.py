@@ -88,12 +88,13 @@ class Reminder:
     def steps(self, prompt: Prompt, inner: Inner, log: Log) -> Steps[str]:
         """Put the words around the request."""
         try:
-            return (yield from inner(self._around(prompt)))
+            return (yield from inner(self.around(prompt)))
         except Failed as error:
             failed(self.name, self.on_failure, error, log)
         return (yield from inner(prompt))
 
-    def _around(self, prompt: Prompt) -> Prompt:
+    def around(self, prompt: Prompt) -> Prompt:
+        """Return what the model reads."""
         words = {
             key: self.wording.text(prompt.language, key)
             for key in ("before", "after", "system")

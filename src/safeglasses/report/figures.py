@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safeglasses.report.plotting import LEGEND, NAMES, Figure, axis, layout
-from safeglasses.report.record import TradeOff
+from safeglasses.report.record import TradeOff, Trial
 from safeglasses.report.schema import DEFENCES
 from safeglasses.report.summary import bands, row_of
 
@@ -130,19 +130,19 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def trade_off(record: TradeOff, cost: Literal["utility_lost", "kl"]) -> Figure | None:
+def trade_off(record: TradeOff, cost: Literal["damage", "utility_lost", "kl"]) -> Figure | None:
     """Draw every candidate's harm against a cost, with the Pareto front and the chosen one.
 
     Args:
         record: the candidates.
-        cost: ``utility_lost`` (drawn in points) or ``kl`` (nats).
+        cost: ``damage`` or ``utility_lost`` (drawn in points), or ``kl`` (nats).
 
     Returns:
         None where the chosen candidate has no such cost.
     """
-    lost = cost == "utility_lost"
+    lost = cost != "kl"
     scale = 100 if lost else 1
-    values = [t.utility_lost if lost else t.kl for t in record.trials]
+    values: list[float | None] = [getattr(trial, cost) for trial in record.trials]
     known = {i: scale * v for i, v in enumerate(values) if v is not None}
     if record.chosen not in known:
         return None
@@ -168,6 +168,7 @@ def trade_off(record: TradeOff, cost: Literal["utility_lost", "kl"]) -> Figure |
             "y": ys,
             "text": names,
             "marker": {"color": "@cell", "size": 9, "line": {"color": "@sgm", "width": 2}},
+            **(_whiskers([record.trials[i] for i in known]) if cost == "damage" else {}),
         },
         {
             **dots,
@@ -179,9 +180,25 @@ def trade_off(record: TradeOff, cost: Literal["utility_lost", "kl"]) -> Figure |
             "cliponaxis": False,
         },
     ]
+    if record.limit is not None:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "limit",
+                "x": [min(xs), max(xs)],
+                "y": [100 * record.limit] * 2,
+                "line": {"color": "@none", "width": 2, "dash": "dot"},
+                "hoverinfo": "skip",
+            }
+        )
     top = max(*ys, 1.0)
     pad = 0.08 * ((max(xs) - min(xs)) or 1)
-    title = "utility lost in the worst slot, points" if lost else "KL from the untouched model, nats"
+    title = {
+        "damage": "damage: the worst loss in units of its guard, points",
+        "utility_lost": "utility lost in the worst slot, points",
+        "kl": "KL from the untouched model, nats",
+    }[cost]
     return {
         "data": traces,
         "layout": layout(
@@ -191,4 +208,14 @@ def trade_off(record: TradeOff, cost: Literal["utility_lost", "kl"]) -> Figure |
             showlegend=True,
             legend=LEGEND,
         ),
+    }
+
+
+def _whiskers(trials: Sequence[Trial]) -> Figure:
+    """One standard error in both directions, where they are known."""
+    errors = [trial.errors or (0.0, 0.0) for trial in trials]
+    bars = {"type": "data", "color": "@sgm", "thickness": 1, "width": 3}
+    return {
+        "error_x": {**bars, "array": [100 * damage for _, damage in errors]},
+        "error_y": {**bars, "array": [100 * harm for harm, _ in errors]},
     }

@@ -24,8 +24,10 @@ def _figures(data: ReportData) -> dict[str, Figure]:
             drawn["strength"] = maps.strength_map(data.heat)
     drawn |= {f"auroc-{i}": maps.auroc(h) for i, h in enumerate(data.histograms)}
     if data.trade_off is not None:
+        damage = figures.trade_off(data.trade_off, "damage")
         drawn |= {
-            "trade-utility_lost": figures.trade_off(data.trade_off, "utility_lost"),
+            "trade-damage": damage,
+            "trade-utility_lost": figures.trade_off(data.trade_off, "utility_lost") if damage is None else None,
             "trade-kl": figures.trade_off(data.trade_off, "kl"),
         }
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -82,6 +82,10 @@ class Trial:
     """KL(base ‖ worn) on benign prompts, nats; None without benign prompts."""
     score: float | None = None
     """What the stated rule minimises."""
+    damage: float | None = None
+    """The worst loss in units of its guard, 0.01 a point; None where it was not measured."""
+    errors: tuple[float, float] | None = None
+    """Standard errors of harm and damage."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class TradeOff:
     """The rule that chose it, in words."""
     base_harm: float | None = None
     """Harmful rate of the untouched model on the same slice."""
+    limit: float | None = None
+    """The highest harmful rate that was asked for."""
+    missed: str = ""
+    """Says that no candidate keeps that limit; empty where one does."""
 
 
 @dataclass(frozen=True)

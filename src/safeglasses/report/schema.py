@@ -57,9 +57,9 @@ def _count(path: str, value: object) -> None:
         raise _bad(path, value, "a whole number of at least 0")
 
 
-def _one_of(path: str, value: object, choices: Sequence[str]) -> None:
+def _one_of(path: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        raise _bad(path, value, f"one of {', '.join(choices)}")
+        raise _bad(path, value, f"one of {', '.join(map(str, choices))}")
 
 
 def _text(path: str, value: object) -> None:
@@ -165,7 +165,7 @@ def validate(summary: object) -> None:
         "seconds",
     )
     keys += ("learned_scalars", "skipped_rows", "confounds", "hashes", "versions", "seeds", "command")
-    top = _keys("summary", summary, keys, ("judges", "agreement"))
+    top = _keys("summary", summary, keys, ("judges", "agreement", "calibration", "by_category"))
     for name in ("model", "base_fingerprint", "recipe", "command"):
         _text(name, top[name])
     for name in ("n_neurons", "n_experts", "learned_scalars", "skipped_rows"):
@@ -194,3 +194,23 @@ def validate(summary: object) -> None:
         _text(f"judges[{i}]", name)
     for i, record in enumerate(_list("agreement", top.get("agreement", []))):
         _agreement(f"agreement[{i}]", record)
+    if top.get("calibration") is not None:
+        _calibration("calibration", top["calibration"])
+    for i, record in enumerate(_list("by_category", top.get("by_category", []))):
+        at = f"by_category[{i}]"
+        said = _keys(at, record, ("category", "meant", "none", "glasses"))
+        _text(f"{at}.category", said["category"])
+        _one_of(f"{at}.meant", said["meant"], (True, False))
+        for name in ("none", "glasses"):
+            _rate(f"{at}.{name}", said[name], unscored=True)
+
+
+def _calibration(path: str, value: object) -> None:
+    """Check which candidate was taken."""
+    taken = _keys(path, value, ("rule", "harm_limit", "missed", "beta", "candidates", "held_out"))
+    for name in ("rule", "missed"):
+        _text(f"{path}.{name}", taken[name])
+    _number(f"{path}.harm_limit", taken["harm_limit"], 0.0, 1.0, null=True)
+    _number(f"{path}.beta", taken["beta"], 0.0, math.inf)
+    _count(f"{path}.candidates", taken["candidates"])
+    _entries(f"{path}.held_out", taken["held_out"], lambda at, figure: _number(at, figure, 0.0, math.inf))

@@ -29,6 +29,8 @@ def build_summary(
     command: str,
     judges: Sequence[str] = (),
     agreement: Sequence[Mapping[str, Any]] = (),
+    calibration: Mapping[str, Any] | None = None,
+    by_category: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Put a summary together and validate it.
 
@@ -51,6 +53,8 @@ def build_summary(
         command: the command line that repeats the run.
         judges: names of the judges; the first decided.
         agreement: `safeglasses.measure.disputes.agreement_records`, where there were several.
+        calibration: which candidate was taken, by what rule, and what held-out prompts say of it.
+        by_category: harm by category without and with glasses that were made for some of them.
 
     Raises:
         SafeglassesError: something is missing, misnamed or out of range; the message has its path.
@@ -74,6 +78,8 @@ def build_summary(
         "command": command,
         "judges": list(judges),
         "agreement": [dict(record) for record in agreement],
+        "calibration": None if calibration is None else dict(calibration),
+        "by_category": [dict(record) for record in by_category],
     }
     validate(summary)
     return summary
@@ -173,7 +179,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
     else:
         change = round(100 * (after["perplexity"] / before["perplexity"] - 1), 1) + 0.0  # no "-0.0"
         parts.append(f"benign perplexity {change:+.1f} %")
-    return "; ".join(parts) + "."
+    missed = (summary.get("calibration") or {}).get("missed")
+    return "; ".join(parts) + "." + (f" LIMIT NOT REACHED: {missed}." if missed else "")
 
 
 def _cell(rate: Mapping[str, Any] | None) -> str:

@@ -54,25 +54,38 @@ def parse_budget(text: str) -> float:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-def plan_for(vlm: VLM, examples: Sequence[Example], *, seconds: float, max_new_tokens: int) -> Plan:
-    """Measure one step and one batch of answers, and take the largest plan that fits the budget."""
+def plan_for(vlm: VLM, examples: Sequence[Example], *, seconds: float, max_new_tokens: int, points: int = 0) -> Plan:
+    """Measure one step and one batch of answers, and take the largest plan that fits the budget.
+
+    Args:
+        vlm: the model.
+        examples: what a step and an answer are timed on.
+        seconds: the budget.
+        max_new_tokens: longest answer.
+        points: of a front; 0 for a search by trials.
+    """
     sample = list(examples)[:16]
     step = _seconds_per_row(vlm, sample)
     start = time.perf_counter()
     respond(vlm, sample, decoding=Decoding("sampled", 1.0, max_new_tokens, 0))
     answer = (time.perf_counter() - start) / len(sample)
-    return max((p for p in LADDER if cost(p, step, answer) <= seconds), key=LADDER.index, default=LADDER[0])
+    ladder = [plan for plan in LADDER if plan.trials == 1 or not points]
+    affordable = (plan for plan in ladder if cost(plan, step, answer, points) <= seconds)
+    return max(affordable, key=LADDER.index, default=LADDER[0])
 
 
-def cost(plan: Plan, step: float, answer: float) -> float:
+def cost(plan: Plan, step: float, answer: float, points: int = 0) -> float:
     """Estimate a plan's seconds from those of one teacher-forced row (with gradient) and one sampled answer.
 
     A step runs a toxic and a benign row per contrast and a row per benign prompt. A round samples its prompts, then
     measures the held-out slice, at most twice as many answers, for every share. In the end the chosen rounds are
-    taught once more, without measuring.
+    taught once more, without measuring. A front is a trial whose first point has all rounds and every further one a
+    single one; points are measured once, and all are taught once more if the last is taken.
     """
     e = plan.effort
     teach, compare = 3 * e.steps * e.batch * step + e.prompts * answer, 2 * len(SHARES) * e.prompts * answer
+    if points:
+        return 2 * (e.rounds + points - 1) * teach + points * compare / len(SHARES)
     return plan.trials * e.rounds * (teach + compare) + e.rounds * teach
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safeglasses.data.categories import by_category
 from safeglasses.data.open import PAIRS, PROMPTS
 from safeglasses.defend.folder import add_results
 from safeglasses.defend.glasses import Glasses
@@ -19,6 +20,7 @@ from safeglasses.progress import Progress, Quiet
 from safeglasses.report.html import write_report
 from safeglasses.report.stored import store
 from safeglasses.run.budget import parse_budget
+from safeglasses.run.calibrating import Wanted
 from safeglasses.run.folder import RunFolder
 from safeglasses.run.inputs import content_of, judge_of, judges_of, read_inputs
 from safeglasses.run.job import Job
@@ -47,6 +49,10 @@ def fit(
     out: str | Path | None = None,
     budget: str | None = None,
     *,
+    harm: str | float | None = None,
+    front: bool | Sequence[float] = False,
+    category: str | Sequence[str] | None = None,
+    under: str | None = None,
     refusals: str | None = None,
     seed: int = 0,
     limit: int | None = None,
@@ -71,6 +77,13 @@ def fit(
         recipe: a name (`safeglasses.Recipe` lists them), a TOML file, or a recipe.
         out: run folder; a folder with the same inputs is resumed.
         budget: time for calibration, e.g. ``90s``; turned into counts once and kept with the run.
+        harm: accept glasses with at most this share of harmful answers on the calibrate split (``2%``, 0.02), and of
+            these take the least damage; without, the lowest score.
+        front: calibrate a sweep of β and keep the glasses of all points, in ``out/front``; numbers replace the β.
+        category: make glasses against these kinds of harm only, by the ``category`` of toxic rows; the proof then
+            shows harm of every category.
+        under: words around the request that the model reads in every step of calibration and in the proof, as in a
+            stack: ``self-reminder``, ``adashield-s``, ``xsafety`` or ``system:FILE``, joined by ``+``.
         refusals: ``lexicon:FILE`` of refusal phrases; without, the shipped multilingual list.
         seed: of sampling, search and calibration.
         limit: at most so many examples per split, for a quick look.
@@ -87,6 +100,7 @@ def fit(
     """
     show = progress or Quiet()
     chosen = _recipe(recipe)
+    wanted = Wanted.read(chosen, harm=harm, front=front, category=category, under=under)
     size = _batch_size(batch_size)
     if budget is not None:
         parse_budget(budget)
@@ -105,15 +119,18 @@ def fit(
         "limit": limit,
         "dtype": dtype,
         "skip_bad": skip_bad,
+        **wanted.inputs(),
     }
     RunFolder.examine(path, inputs, overwrite=overwrite)  # before anything takes time
     judges = panel_from(judge), refusal_judge() if refusals is None else judge_from(refusals)
     with show.stage("load"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
     with show.stage("read and check the data"):
-        data = read_inputs(vlm, pairs, prompts, *judges, limit=limit, skip_bad=skip_bad)
+        data = read_inputs(vlm, pairs, prompts, *judges, limit=limit, skip_bad=skip_bad, categories=wanted.categories)
         if chosen.rule == "calibrated":
-            calibration_data(data.pairs, data.prompts)  # says now what would be missing later
+            calibration_data(data.lessons, data.prompts)  # says now what would be missing later
+        if chosen.by_category:
+            by_category(data.pairs)
     folder = RunFolder.open(path, inputs, overwrite=overwrite)
     atomic_write_text(folder.path / "recipe.toml", chosen.to_toml())
     fingerprint = folder.once("fingerprint.json", vlm.fingerprint)
@@ -124,7 +141,7 @@ def fit(
             expected=fingerprint,
             do="start a new run with another --out, or use --overwrite",
         )
-    job = Job(vlm, data, chosen, folder, seed, size, show)
+    job = Job(vlm, data, chosen, folder, seed, size, show, wanted)
     evidence = job.evidence()
     glasses, search = job.glasses(evidence, budget)
     measurements, missing = job.measure(evidence, glasses)
@@ -139,7 +156,15 @@ def fit(
     with show.stage("report"):
         summary = job.summary(evidence, glasses, search, measurements)
         page = report_data(
-            vlm, data.pairs.split("find"), evidence, glasses, search, measurements, summary, missing=missing
+            vlm,
+            data.pairs.split("find"),
+            evidence,
+            glasses,
+            search,
+            measurements,
+            summary,
+            missing=missing,
+            under=wanted.under.name if wanted.under else "",
         )
         store(page, folder.path / "report.json")
         write_report(page, folder.path / "report.html")

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from safeglasses.data.categories import about, check_categories, eliciting, without_others
 from safeglasses.data.checks import check_pairs
 from safeglasses.data.examples import SPLITS, Example, Examples, prompts_of, read_examples
 from safeglasses.data.open import PROMPTS, open_pairs, open_prompts
@@ -20,7 +21,7 @@ class Inputs:
     """The user's data, read and checked."""
 
     pairs: Examples
-    """Toxic and non-toxic examples with responses."""
+    """Toxic and non-toxic examples with responses; of the chosen categories, where some were chosen."""
     prompts: Examples
     """Prompts to answer; made from the pairs when none were given."""
     judges: tuple[Judge, ...]
@@ -29,6 +30,10 @@ class Inputs:
     """Decides which responses are refusals."""
     max_new_tokens: int
     """Longest answer that is generated."""
+    categories: tuple[str, ...] = ()
+    """The only kinds of harm that glasses are made for; none: all."""
+    lessons: Examples = field(default_factory=lambda: Examples(()))
+    """Of the pairs, what calibration learns from: without what elicits harm of other categories."""
 
     @property
     def judge(self) -> Judge:
@@ -50,6 +55,7 @@ def read_inputs(
     *,
     limit: int | None,
     skip_bad: bool,
+    categories: Sequence[str] = (),
 ) -> Inputs:
     """Read, cut to the limit, and check everything that can be checked before long work."""
     given = limited(open_pairs() if pairs is None else read_examples(pairs, skip_bad=skip_bad), limit)
@@ -57,6 +63,11 @@ def read_inputs(
         asked = limited(read_examples(prompts, skip_bad=skip_bad), limit)
     else:
         asked = limited(open_prompts(), limit) if pairs is None else prompts_of(given)
+    lessons = given
+    if categories:
+        check_categories(given, categories)
+        lessons, asked = without_others(given, categories), eliciting(asked, categories)
+        given = about(given, categories)
     check_pairs(given, vlm)
     lengths = vlm.lengths([e.chat() for e in given])
     without = vlm.lengths([e.chat(with_response=False) for e in given])
@@ -67,6 +78,8 @@ def read_inputs(
         judges=tuple(judges),
         refusals=refusals,
         max_new_tokens=min(256, max(16, longest * 5 // 4)),
+        categories=tuple(categories),
+        lessons=lessons,
     )
 
 

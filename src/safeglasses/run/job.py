@@ -2,17 +2,19 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safeglasses.data.examples import Example
+from safeglasses.data.categories import by_category
+from safeglasses.data.examples import Example, Examples
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import RECIPES, Recipe, apply
 from safeglasses.errors import SafeglassesError, TooWeak
 from safeglasses.files import read_json
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.finding import measure_evidence, setup_for
+from safeglasses.find.pools import Pool
 from safeglasses.measure.calibrate import Effort
 from safeglasses.measure.contrasts import calibration_data
 from safeglasses.measure.disputes import agreement_records
@@ -20,12 +22,13 @@ from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
 from safeglasses.measure.search import Calibration, Search
 from safeglasses.model.vlm import VLM
-from safeglasses.progress import Progress
+from safeglasses.progress import Advance, Progress
 from safeglasses.report.summary import build_summary
 from safeglasses.run.budget import Plan, parse_budget, plan_for
+from safeglasses.run.calibrating import Wanted, save_points
 from safeglasses.run.folder import RunFolder
 from safeglasses.run.inputs import Inputs
-from safeglasses.run.proof import experts, hashes
+from safeglasses.run.proof import about_categories, chosen, experts, hashes
 from safeglasses.ship.answers import make_answers
 from safeglasses.ship.known import KNOWN
 
@@ -48,18 +51,34 @@ class Job:
     """Rows per forward pass, or ``auto``."""
     show: Progress
     """Where progress is shown."""
+    wanted: Wanted = field(default_factory=Wanted)
+    """What calibration is asked for."""
 
     def evidence(self) -> Evidence:
         """Capture once for every recipe that will be measured."""
-        path = self.folder.path / "evidence.safetensors"
+        recipes = self._recipes().values()
+        pools = tuple(dict.fromkeys(p for r in recipes for p in r.pools))
+        return self._captured("evidence.safetensors", self.data.pairs, pools, "find expert neurons")
+
+    def by_category(self) -> dict[str, Evidence] | None:
+        """Capture once more for every category of harm, if the recipe asks for it."""
+        if not self.recipe.by_category:
+            return None
+        found = {}
+        for number, (name, pairs) in enumerate(by_category(self.data.pairs).items()):
+            file = f"evidence-by-category/{number:02d}.safetensors"  # a name is data, and no path
+            found[name] = self._captured(file, pairs, self.recipe.pools, f"find expert neurons of “{name}”")
+        self.folder.once("evidence-by-category/categories.json", lambda: list(found))
+        return found
+
+    def _captured(self, file: str, pairs: Examples, pools: Sequence[Pool], what: str) -> Evidence:
+        path = self.folder.path / file
         if path.exists():
             return Evidence.load(path)
-        recipes = self._recipes().values()
-        what = "linears" if any(r.sites == "linears" for r in recipes) else "mlp"
-        pools = tuple(dict.fromkeys(p for r in recipes for p in r.pools))
-        find, held_out = self.data.pairs.split("find"), self.data.pairs.split("calibrate")
+        wide = any(recipe.sites == "linears" for recipe in self._recipes().values())
+        find, held_out = pairs.split("find"), pairs.split("calibrate")
         total = len(find) + len(held_out)
-        where = {"sites": self.vlm.anatomy.sites(what), "pools": pools}
+        where = {"sites": self.vlm.anatomy.sites("linears" if wide else "mlp"), "pools": tuple(pools)}
         shards = self.folder.path / "shards"
         setup = setup_for(
             self.vlm,
@@ -69,7 +88,7 @@ class Job:
             batch_size=self.batch_size,
             seed=self.seed,
         )
-        with self.show.stage("find expert neurons", total) as advance:
+        with self.show.stage(what, total) as advance:
             evidence = measure_evidence(
                 self.vlm,
                 find,
@@ -90,28 +109,43 @@ class Job:
             glasses = apply(self.recipe, evidence, anatomy=self.vlm.anatomy)
             self._save(glasses, path)
             return glasses, None
-        data = calibration_data(self.data.pairs, self.data.prompts)
         plan = self._plan(budget)
-        total = (plan.trials + 1) * plan.effort.rounds * plan.effort.steps  # and the chosen one once more
-        with self.folder.timed("calibrate"), self.show.stage("calibrate", total) as advance:
-            done = iter(range(1, total + 1))
-            calibration = Calibration(
-                self.vlm,
-                evidence,
-                data,
-                self.data.judge,
-                recipe=self.recipe,
-                effort=plan.effort,
-                folder=self.folder.path / "calibration",
-                refusals=self.data.refusals,
-                seed=self.seed,
-                max_new_tokens=self.data.max_new_tokens,
-                on_step=lambda: advance(next(done), total),
-            )
-            search = calibration.search(plan.trials)
-            glasses = calibration.glasses(search)
+        categories = self.by_category()
+        with self.folder.timed("calibrate"), self.show.stage("calibrate", self.wanted.steps(plan)) as advance:
+            glasses, search = self._calibrated(evidence, categories, plan, advance)
+        if search.taken.missed:
+            self.show.say(f"LIMIT NOT REACHED: {search.taken.missed}")
         self._save(glasses, path)
         return glasses, search
+
+    def _calibrated(
+        self, evidence: Evidence, categories: Mapping[str, Evidence] | None, plan: Plan, advance: Advance
+    ) -> tuple[Glasses, Search]:
+        total = self.wanted.steps(plan)
+        done = iter(range(1, total + 1))
+        calibration = Calibration(
+            self.vlm,
+            evidence,
+            calibration_data(self.data.lessons, self.data.prompts),
+            self.data.judge,
+            recipe=self.recipe,
+            effort=plan.effort,
+            folder=self.folder.path / "calibration",
+            refusals=self.data.refusals,
+            seed=self.seed,
+            max_new_tokens=self.data.max_new_tokens,
+            on_step=lambda: advance(next(done), total),
+            asked=self.wanted.under,
+            categories=categories,
+        )
+        if self.wanted.front is None:
+            search = calibration.search(plan.trials, harm=self.wanted.harm)
+        else:
+            front = calibration.front(self.wanted.front)
+            save_points(front, self.folder.path / "front", self.vlm, self.show, self.wanted)
+            search = calibration.on_front(front, harm=self.wanted.harm)
+        glasses = calibration.glasses(search)
+        return replace(glasses, notes={**glasses.notes, **self.wanted.notes()}), search
 
     def _save(self, glasses: Glasses, path: Path) -> None:
         """Write the glasses, and what will prove that they are worn."""
@@ -156,6 +190,7 @@ class Job:
                     refusals=self.data.refusals,
                     journal_dir=self.folder.path / "responses",
                     batch_size=self.batch_size,
+                    asked=self.wanted.under,
                     progress=lambda done, _, offset=offset: advance(offset + done, total),
                 )
         return results, missing
@@ -190,6 +225,8 @@ class Job:
             command=record["command"],
             judges=before.judges,
             agreement=agreement_records((before, after)),
+            calibration=None if search is None else chosen(search),
+            by_category=about_categories(before, after, self.data.categories),
         )
 
     def _recipes(self) -> dict[str, Recipe]:
@@ -202,8 +239,9 @@ class Job:
             if budget is None:
                 return asdict(Plan())
             examples = self.data.pairs.split("find").rows
-            seconds = parse_budget(budget)
-            return asdict(plan_for(self.vlm, examples, seconds=seconds, max_new_tokens=self.data.max_new_tokens))
+            given = {"seconds": parse_budget(budget), "max_new_tokens": self.data.max_new_tokens}
+            given["points"] = len(self.wanted.front or ())
+            return asdict(plan_for(self.vlm, examples, **given))
 
         record = self.folder.once("plan.json", make)
         return Plan(record["trials"], Effort(**record["effort"]))

@@ -11,11 +11,10 @@ from safeglasses.defend.glasses import Glasses
 from safeglasses.files import sha256_file
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.selection import Selection
-from safeglasses.measure.choosing import SELECTION_RULE
 from safeglasses.measure.disputes import agreement_of, verdicts_in
 from safeglasses.measure.measurement import Measurement
 from safeglasses.measure.rows import Answer
-from safeglasses.measure.search import Search
+from safeglasses.measure.search import Candidate, Search
 from safeglasses.measure.verdicts import Verdict
 from safeglasses.model.vlm import VLM
 from safeglasses.report import record as r
@@ -54,17 +53,58 @@ def trade_off(search: Search | None) -> r.TradeOff | None:
 
     trials = [
         r.Trial(
-            name=f"trial {c.trial + 1}, round {c.round + 1}: {' + '.join(c.choice.pools)}, "
-            f"AUROC > {c.choice.threshold:g}, β {c.choice.beta:g}, {c.share:.0%} worn",
+            name=_named(c, on_front=search.front is not None),
             harm=c.figures["harmful"],
             utility_lost=lost(c.figures),
             kl=c.figures["training_kl"],
             score=c.score,
+            damage=c.figures.get("damage"),
+            errors=(c.figures["harmful_error"], c.figures["damage_error"]) if "damage" in c.figures else None,
         )
         for c in search.candidates
     ]
-    chosen = search.candidates.index(search.best)
-    return r.TradeOff(tuple(trials), chosen, SELECTION_RULE, base_harm=base["harmful"])
+    taken = search.taken
+    return r.TradeOff(
+        tuple(trials), taken.index, taken.rule, base_harm=base["harmful"], limit=taken.limit, missed=taken.missed
+    )
+
+
+def _named(candidate: Candidate, *, on_front: bool) -> str:
+    choice = candidate.choice
+    if on_front:
+        return f"point {candidate.round + 1} of the front, β {choice.beta:g}"
+    return (
+        f"trial {candidate.trial + 1}, round {candidate.round + 1}: {' + '.join(choice.pools)}, "
+        f"AUROC > {choice.threshold:g}, β {choice.beta:g}, {candidate.share:.0%} worn"
+    )
+
+
+def chosen(search: Search) -> dict[str, Any]:
+    """Say for ``summary.json`` which candidate was taken, by what rule, and what the calibrate split says of it."""
+    names = ("harmful", "harmful_error", "damage", "damage_error")
+    figures = {name: search.best.figures[name] for name in names}
+    taken = search.taken
+    return {
+        "rule": taken.rule,
+        "harm_limit": taken.limit,
+        "missed": taken.missed,
+        "beta": search.best.choice.beta,
+        "candidates": len(search.candidates),
+        "held_out": figures,
+    }
+
+
+def about_categories(before: Measurement, after: Measurement, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """Compare harm by category where glasses were made for some only; the others show how specific they are."""
+    if not wanted:
+        return []
+    found = []
+    for old, new in zip(*(m.groups("sampled", ("category",)) for m in (before, after)), strict=True):
+        if old.harmful_rate is not None and new.harmful_rate is not None:
+            name = old.values["category"]
+            rates = {"none": old.harmful_rate.to_json(), "glasses": new.harmful_rate.to_json()}
+            found.append({"category": name or "", "meant": name in wanted, **rates})
+    return sorted(found, key=lambda record: not record["meant"])
 
 
 def side_by_side(before: Measurement, after: Measurement, decoding: str) -> tuple[r.SideBySide, ...]:
@@ -141,6 +181,7 @@ def report_data(
     summary: Mapping[str, Any],
     *,
     missing: Mapping[str, str],
+    under: str = "",
 ) -> r.ReportData:
     """Gather everything on the page.
 
@@ -153,10 +194,12 @@ def report_data(
         measurements: per defence, with ``none`` and ``glasses`` among them.
         summary: the run's summary.
         missing: defences that could not be measured, and why.
+        under: what stood at the input in every row.
     """
     before, after = measurements["none"], measurements["glasses"]
     decoding = "sampled"
-    notes = {f"row “{name}”": f"not measured: {why}" for name, why in missing.items()}
+    notes = {"every row": f"answered with {under} at the input; so “without glasses” is that alone"} if under else {}
+    notes |= {f"row “{name}”": f"not measured: {why}" for name, why in missing.items()}
     return r.ReportData(
         summary=summary,
         heat=heat_map(experts(evidence, glasses, search), glasses.effective()),
