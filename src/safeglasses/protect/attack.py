@@ -62,6 +62,11 @@ class Attack:
         text = repr((self.name, self.wrapper, suffixes, self.words, self.length, self.queries, self.draw))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def text(self, prompt: Prompt, suffix: str) -> str:
+        """Return a request as the attacker puts it."""
+        text = prompt.text if self.wrapper is None else self.wrapper.around(prompt.text, prompt.language)
+        return f"{text} {suffix}" if suffix else text
+
     def next(self, prompt: str, best: Words | None, rng: random.Random) -> Words:
         """Return the next suffix to try: given, drawn anew, or the best so far with one word changed."""
         if not self.words:
@@ -144,8 +149,7 @@ class Attacked:
         return text
 
     def _asked(self, prompt: Prompt, suffix: str, number: int) -> Prompt:
-        text = prompt.text if self.attack.wrapper is None else self.attack.wrapper.around(prompt.text, prompt.language)
-        text = f"{text} {suffix}" if suffix else text
+        text = self.attack.text(prompt, suffix)
         draw = self.attack.draw + (f"~{number}" if number else "")
         asked = replace(prompt, draw=f"{prompt.draw}{draw}")
         return asked if text == prompt.text else replace(asked.saying(text), asked=text)

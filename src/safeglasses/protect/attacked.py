@@ -10,12 +10,12 @@ from safeglasses.data.examples import Example
 from safeglasses.data.splits import groups_of
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.intervals import Rate, rate
-from safeglasses.measure.items import question_of
 from safeglasses.measure.paired import Difference, difference
 from safeglasses.measure.remaining import Harm, Prevented, Remaining, prevented, remaining
 from safeglasses.protect.attack import AGAIN, PLAIN, RESAMPLE, SEARCH, Attack, best_suffix, harmful, queries_of
 from safeglasses.protect.grid import Price, price_of
 from safeglasses.protect.running import Outcome
+from safeglasses.protect.steps import Prompt
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,16 @@ def _brief(row: AttackRow) -> dict[str, Any]:
     return {"attack": row.attack, "harmful_rate": rate, "prevented": stopped, "remaining": left}
 
 
-def examples_of(tried: Sequence[Tried], examples: Sequence[Example], each: int = 2) -> list[dict[str, Any]]:
-    """Return some prompts per stack and attack that an attack turned harmful, with both answers: texts of the model."""
+def examples_of(
+    tried: Sequence[Tried], examples: Sequence[Example], base: str = "none", each: int = 2
+) -> list[dict[str, Any]]:
+    """Return some prompts per stack and attack that the attack turned harmful, with both answers of the stack.
+
+    The base is left out. All texts are the model's and the attacker's.
+    """
     plain = {one.defence: one for one in tried if one.attack.name == PLAIN}
     found: list[dict[str, Any]] = []
-    for one in tried:
+    for one in (one for one in tried if one.defence != base):
         before = plain[one.defence]
         turned = [i for i, harm in enumerate(one.harm) if harm and before.harm[i] is False]
         found += [
@@ -177,8 +182,7 @@ def examples_of(tried: Sequence[Tried], examples: Sequence[Example], each: int =
                 "attack": one.attack.name,
                 "id": examples[i].id,
                 "language": examples[i].language,
-                "request": question_of(examples[i]),
-                "suffix": best_suffix(one.outcomes[i]),
+                "asked": one.attack.text(Prompt.of(examples[i]), best_suffix(one.outcomes[i])),
                 "before": before.outcomes[i].text,
                 "after": one.outcomes[i].text,
             }

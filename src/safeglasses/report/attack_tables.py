@@ -150,12 +150,12 @@ def added_table(record: Mapping[str, Any]) -> Table:
     pairs = list(dict.fromkeys((row["attack"], row["control"]) for row in record["rows"] if row["added"]))
     lines = [
         (
-            f"{title_of(name, record)} − {title_of(control, record)}",
-            tuple(points_cell(of_stack(record, stack)[name]["added"]) for stack in stacks),
+            title_of(name, record),
+            (Cell(control), *(points_cell(of_stack(record, stack)[name]["added"]) for stack in stacks)),
         )
         for name, control in pairs
     ]
-    return Table(("", *map(short, stacks)), tuple(lines))
+    return Table(("", "more than under", *map(short, stacks)), tuple(lines))
 
 
 def cost_table(record: Mapping[str, Any]) -> Table:
@@ -203,14 +203,13 @@ def stack_table(record: Mapping[str, Any]) -> Table:
             _kept(one, within),
         )
         lines.append((short(one["defence"]), cells))
-    many = f"within {record['suffixes']['queries']} queries"
-    head = ("", "no attack", "worst single answer", "gain that remains", f"{many}, no suffix", f"{many}, suffix")
-    return Table((*head, "gain that remains"), tuple(lines))
+    many = f"{record['suffixes']['queries']} queries"
+    head = ("", "no attack", "worst of one answer", "gain left", f"{many}, no suffix", f"{many}, suffix", "gain left")
+    return Table(head, tuple(lines))
 
 
 def _named(brief: Mapping[str, Any], record: Mapping[str, Any]) -> Cell:
-    cell = rate_cell(brief["harmful_rate"])
-    return Cell(cell.text, f"{cell.beside} {title_of(brief['attack'], record)}")
+    return Cell(rate_cell(brief["harmful_rate"]).text, title_of(brief["attack"], record).removeprefix("wrapper "))
 
 
 def _kept(one: Mapping[str, Any], brief: Mapping[str, Any] | None) -> Cell:
