@@ -137,6 +137,17 @@ def test_what_was_not_measured_is_said():
 # what others' text cannot do there
 
 
+def test_what_calibration_was_asked_for_is_in_the_card(folder):
+    notes = {"categories": ["hate", "threats"], "under": "self-reminder", "limit_missed": "None keeps 2 percent"}
+    text = glasses_card({**record_of(folder), "notes": notes}, None)
+    assert "- Made against these kinds of harm only: `hate`, `threats`\n" in text
+    assert "- Calibrated and measured with `self-reminder` at the input\n" in text
+    assert "- **Limit of harm not reached.** None keeps 2 percent\n" in text
+    plain = glasses_card({**record_of(folder), "notes": {"categories": "hate", "under": 1, "limit_missed": None}}, None)
+    assert "kinds of harm" not in plain
+    assert "at the input" not in plain
+
+
 def test_nothing_of_others_becomes_markup(folder):
     summary = make_summary()
     for row in summary["rows"]:
@@ -162,7 +173,12 @@ def test_nothing_of_others_becomes_markup(folder):
                 "strength": 1,
                 "n_neurons": 3,
                 "widths": {},
-                "notes": {"product_of": [{"name": text, "recipe": text, "strength": text}, text, 1]},
+                "notes": {
+                    "product_of": [{"name": text, "recipe": text, "strength": text}, text, 1],
+                    "categories": [text, 1],
+                    "under": text,
+                    "limit_missed": text,
+                },
             }
             for text in ("x", NASTY)
         )

@@ -180,6 +180,7 @@ def made(record: Mapping[str, Any], base: Mapping[str, Any], results: Results | 
     revision = f" at revision {code(base['revision'])}" if base.get("revision") else ""
     lines = [f"Base model: {code(base['source'])}{revision}, fingerprint {code(base['fingerprint'])}"]
     lines.append(f"Recipe {code(record['recipe'])}, strength {record['strength']:g}")
+    lines += _asked(record)
     parts = [(part.get("name", part.get("recipe")), part.get("strength")) for part in _parts(record)]
     lines += [f"Part {code(name)} at strength {code(strength)}" for name, strength in parts]
     if results is not None:
@@ -222,6 +223,20 @@ def _parts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     notes = record.get("notes")
     found = notes.get("product_of") if isinstance(notes, Mapping) else None
     return [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
+
+
+def _asked(record: Mapping[str, Any]) -> list[str]:
+    """Say what calibration was asked for, as the notes have it; notes of other makers may hold anything."""
+    notes = record.get("notes")
+    notes = notes if isinstance(notes, Mapping) else {}
+    lines = []
+    if isinstance(kinds := notes.get("categories"), list) and kinds:
+        lines.append(f"Made against these kinds of harm only: {', '.join(code(kind) for kind in kinds)}")
+    if isinstance(under := notes.get("under"), str):
+        lines.append(f"Calibrated and measured with {code(under)} at the input")
+    if isinstance(missed := notes.get("limit_missed"), str):
+        lines.append(f"**Limit of harm not reached.** {plain(missed)}")
+    return lines
 
 
 def _cells(row: Row, slots: list[str]) -> list[str]:
