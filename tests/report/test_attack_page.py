@@ -62,12 +62,10 @@ def record() -> dict:
 
 def test_the_headline_says_what_each_attack_leaves(record):
     (said,) = headline(record)
-    assert said.startswith(
-        "self-reminder: harm 0.0 % (100 % prevented) → 100.0 % (0 % prevented) under the worst attack"
-    )
-    assert "(one suffix for all, searched elsewhere), 0 % (" in said
-    assert "; within 4 queries with suffixes " in said
-    assert said.endswith(", by asking again alone 0.0 %.")
+    assert said.startswith("self-reminder: harm 0.0 % → 100.0 % under the worst attack of one answer (one suffix for ")
+    assert "searched elsewhere), 0 % (" in said
+    assert "; within 4 queries " in said
+    assert said.endswith(" of harm is prevented), 0.0 % by asking again alone.")
 
 
 def test_lights_follow_what_is_left(record):

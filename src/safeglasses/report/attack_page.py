@@ -45,7 +45,7 @@ def attack_study(record: Mapping[str, Any]) -> Study:
     return Study(
         kind="Attack",
         subject=record["model"],
-        headline=_best(record),
+        headline=_best(record).replace(" %", "\u00a0%"),
         chips=tuple(_chips(record)),
         sections=(
             Section(
@@ -125,16 +125,14 @@ def _attacked(one: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _sentence(one: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     plain, worst, within, again = (one[key] for key in ("plain", "worst", "within", "resampled"))
-    said = f"{short(one['defence'])}: harm {_percent(plain)}{_prevented(plain)}"
+    said = f"{short(one['defence'])}: harm {_percent(plain)}"
     if worst is not None:
         title = title_of(worst["attack"], record)
-        said += (
-            f" → {_percent(worst)}{_prevented(worst)} under the worst attack of one answer ({title}), {_left(worst)}"
-        )
+        said += f" → {_percent(worst)} under the worst attack of one answer ({title}), {_left(worst)}"
     if within is not None:
-        queries = record["suffixes"]["queries"]
-        said += f"; within {queries} queries with suffixes {_percent(within)}{_prevented(within)}, {_left(within)}"
-        said += f", by asking again alone {_percent(again)}" if again is not None else ""
+        said += f"; within {record['suffixes']['queries']} queries {_percent(within)} with searched suffixes"
+        said += f" ({_prevented(within)})" if within["prevented"] else ""
+        said += f", {_percent(again)} by asking again alone" if again is not None else ""
     return f"{said}."
 
 
@@ -146,8 +144,7 @@ def _left(brief: Mapping[str, Any]) -> str:
 
 
 def _prevented(brief: Mapping[str, Any]) -> str:
-    share = brief["prevented"]
-    return "" if share is None else f" ({100 * share['value']:.0f} % prevented)"
+    return f"{_left(brief)}, {100 * brief['prevented']['value']:.0f} % of harm is prevented"
 
 
 def _percent(brief: Mapping[str, Any]) -> str:
