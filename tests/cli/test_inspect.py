@@ -85,3 +85,46 @@ def test_a_job_without_room_is_an_error(
     command = ["inspect", str(tiny), "--pairs", str(data / "pairs.jsonl"), "--memory", "1KB", "--json"]
     assert execute(command) == 2
     assert json.loads(capsys.readouterr().out)["error"] == "neither engine has the room that it needs"
+
+
+def test_a_type_needs_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["inspect", "qwen3_vl_moe", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["class"] == "Qwen3VLMoeForConditionalGeneration"
+    assert record["config"] == "the default of the type"
+    assert record["picture_tokens"] == "`input_ids == config.image_token_id`"
+    (experts,) = record["anatomy"]["experts"]
+    assert (experts["kind"], experts["parameters"], experts["layout"]) == (
+        "mlp.experts", ["gate_up_proj", "down_proj"], "[expert, out, in], gate, then up",
+    )  # fmt: skip
+    assert [row["action"] for row in record["support"]] == ["capture", "wear", "fold", "IA3", "LoRA", "shield"]
+
+
+def test_fused_experts_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["inspect", "qwen3_vl_moe"]) == 0
+    shown = capsys.readouterr().out
+    assert "[expert, out, in]" in shown
+    assert "layers.LAYER.mlp.experts.EXPERT:in#INDEX (also :out, :gate, :up)" in shown
+    assert "shield: no: which expert a token meets depends on the token: neurons of experts are not tuned" in shown
+
+
+def test_a_checkpoints_config_is_enough(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    assert execute(["inspect", str(bare), "--no-weights", "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert execute(["inspect", str(tiny), "--json"]) == 0
+    loaded = json.loads(capsys.readouterr().out)
+    shared = {"anatomy", "support", "picture_tokens", "parameters", "addresses"}
+    assert {name: without[name] for name in shared} == {name: loaded[name] for name in shared}
+
+
+def test_pairs_need_the_model_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(["inspect", "llava", "--pairs", "pairs.jsonl", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "pairs are checked with the model itself",
+        "given": "--pairs pairs.jsonl and llava without weights",
+        "expected": "a checkpoint with its weights, tokenizer and processor",
+        "do": "leave --pairs out, or give a checkpoint",
+    }

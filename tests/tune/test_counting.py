@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaOnevisionConfig, MllamaConfig, PreTrainedConfig, Qwen3VLConfig
 
 from safeglasses.errors import SafeglassesError
-from safeglasses.model.atlas import on_meta
+from safeglasses.model.architectures import on_meta
 from safeglasses.model.vlm import VLM
 from safeglasses.tune.config import TuneConfig
 from safeglasses.tune.counting import count

@@ -9,15 +9,20 @@ import typer
 from safeglasses.cli import options
 from safeglasses.cli.outcome import Outcome
 
+_LEVELS = {"yes": "yes", "linear maps": "linear maps, not all neurons", "no": "no"}
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from safeglasses.data.examples import Examples
     from safeglasses.find.estimate import Estimate
+    from safeglasses.model.anatomy import Anatomy
 
 
 def inspect(
-    model: options.Model,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a hub id, or a type such as qwen3_vl_moe.")
+    ],
     pairs: Annotated[
         Path | None,
         typer.Option(help="Check these examples too, and estimate what finding on them costs.", show_default=False),
@@ -29,19 +34,28 @@ def inspect(
     device_map: options.DeviceMap = None,
     revision: options.Revision = None,
     skip_bad: options.SkipBad = False,
+    weights: Annotated[
+        bool,
+        typer.Option("--weights/--no-weights", help="Read the config alone: nothing is downloaded but that."),
+    ] = True,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> Outcome:
-    """Show MODEL's neurons; with pairs, check them and estimate bytes and seconds of finding neurons."""
+    """Show MODEL's neurons; with pairs, check them and estimate bytes and seconds of finding neurons.
+
+    A type of model needs no checkpoint: its default config is built without weights.
+    """
     from safeglasses.cli.progress import calm_libraries, shown
     from safeglasses.data.examples import check_pairs, read_examples
     from safeglasses.find.estimate import estimate
     from safeglasses.find.pools import parse_pools
     from safeglasses.find.sizes import free_disk, memory_budget
-    from safeglasses.model.overview import overview
+    from safeglasses.model.architectures import is_type
     from safeglasses.model.vlm import load
 
     calm_libraries()
+    if not weights or (is_type(model) and not Path(model).exists()):
+        return _without_weights(model, revision, pairs)
     wanted = parse_pools(pools)
     allowed = memory_budget(memory) if memory is not None else None
     cost: Estimate | None = None
@@ -56,8 +70,7 @@ def inspect(
             "dtype": str(vlm.dtype).removeprefix("torch."),
             "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
             "context_length": vlm.context_length,
-            "addresses": f"{vlm.anatomy.layers_path}.LAYER.KIND:out#INDEX",
-            "anatomy": overview(vlm.anatomy),
+            **_parts(vlm.model, vlm.anatomy),
         }
         if pairs is not None:
             with progress.stage("check the pairs"):
@@ -85,6 +98,50 @@ def inspect(
     return Outcome(record, render)
 
 
+def _without_weights(model: str, revision: str | None, pairs: Path | None) -> Outcome:
+    from safeglasses.errors import SafeglassesError
+    from safeglasses.model import loading
+    from safeglasses.model.anatomy import anatomy
+    from safeglasses.model.architectures import config_of, is_type, on_meta
+
+    if pairs is not None:
+        raise SafeglassesError(
+            "pairs are checked with the model itself",
+            given=f"--pairs {pairs} and {model} without weights",
+            expected="a checkpoint with its weights, tokenizer and processor",
+            do="leave --pairs out, or give a checkpoint",
+        )
+    note = ""
+    if is_type(model) and not Path(model).exists():
+        config, note = config_of(model)
+    else:
+        config = loading.load_config(loading.find_source(model), revision)
+    built: Any = on_meta(config)
+    record: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "class": type(built).__name__,
+        "multimodal": loading.is_multimodal(config),
+        "parameters": sum(parameter.numel() for parameter in built.parameters()),
+        "config": note or ("the default of the type" if is_type(model) else "the checkpoint's"),
+        **_parts(built, anatomy(built)),
+    }
+    return Outcome(record, lambda console: _render(console, record))
+
+
+def _parts(model: Any, parts: "Anatomy") -> dict[str, Any]:
+    from safeglasses.model.architectures import picture_tokens
+    from safeglasses.model.overview import overview
+    from safeglasses.ship.support import support
+
+    return {
+        "addresses": f"{parts.layers_path}.LAYER.KIND:out#INDEX",
+        "picture_tokens": picture_tokens(model.config),
+        "anatomy": overview(parts),
+        "support": [action.to_json() for action in support(model, parts)],
+    }
+
+
 def _census(examples: "Examples") -> dict[str, Any]:
     counts = Counter((row.split, row.label or "unlabelled") for row in examples)
     splits: dict[str, dict[str, int]] = {}
@@ -98,13 +155,24 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
 
     anatomy = record["anatomy"]
     facts = Table.grid(padding=(0, 2))
-    for name in ("model", "base_fingerprint", "multimodal", "dtype", "parameters", "context_length"):
+    shown = ("model", "class", "config", "base_fingerprint", "multimodal", "dtype", "parameters", "context_length")
+    for name in (name for name in (*shown, "picture_tokens") if name in record):
         value = record[name]
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         facts.add_row(name.replace("_", " "), text)
     facts.add_row("decoder", f"{anatomy['decoder'] or 'the model itself'}, {anatomy['layers']} layers")
+    named = {
+        "linears": "linear outputs",
+        "mlp": "MLP outputs",
+        "ffn": "FFN neurons",
+        "experts": "neurons of fused experts",
+    }
     for name, n in anatomy["neurons"].items():
-        facts.add_row({"linears": "linear outputs", "mlp": "MLP outputs", "ffn": "FFN neurons"}[name], f"{n:,}")
+        if n or name != "experts":
+            facts.add_row(named[name], f"{n:,}")
+    for name in ("cross_attention_layers", "layers_without_neurons"):
+        if anatomy[name]:
+            facts.add_row(name.replace("_", " "), ", ".join(map(str, anatomy[name])))
     console.print(facts)
     table = Table(title="linear maps of the decoder", title_justify="left")
     table.add_column("kind")
@@ -112,13 +180,42 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     table.add_column("MLP")
     for row in anatomy["linears"]:
-        table.add_row(row["kind"], *(f"{row[name]:,}" for name in ("layers", "in", "out")), "yes" if row["mlp"] else "")
+        numbers = (_widths(row[name]) for name in ("layers", "in", "out"))
+        table.add_row(row["kind"], *numbers, "yes" if row["mlp"] else "")
     console.print(table)
     console.print(f"addresses of their outputs: {record['addresses']}", markup=False)
-    if anatomy["ffn_reason"]:
+    if anatomy["experts"]:
+        _render_experts(console, anatomy)
+    elif anatomy["ffn_reason"]:
         console.print(f"no feed-forward neurons: {anatomy['ffn_reason']}", markup=False)
+    for row in record["support"]:
+        why = f": {row['why']}" if row["why"] else ""
+        console.print(f"{row['action']}: {_LEVELS[row['level']]}{why}", markup=False)
     if "pairs" in record:
         _render_pairs(console, record["pairs"])
+
+
+def _render_experts(console: "Console", anatomy: dict[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="fused experts of the decoder", title_justify="left")
+    for name in ("kind", "layers", "experts", "neurons", "reads and writes", "parameters", "which tokens"):
+        table.add_column(name)
+    for row in anatomy["experts"]:
+        numbers = (_widths(row[name]) for name in ("layers", "experts", "width", "hidden"))
+        parameters = f"{', '.join(row['parameters'])}: {row['layout']}"
+        table.add_row(row["kind"], *numbers, escape(parameters), "routed" if row["routed"] else "all")
+    console.print(table)
+    kind = anatomy["experts"][0]["kind"]
+    console.print(
+        f"addresses of their neurons: {anatomy['layers_path']}.LAYER.{kind}.EXPERT:in#INDEX (also :out, :gate, :up)",
+        markup=False,
+    )
+
+
+def _widths(value: int | list[int]) -> str:
+    return f"{value:,}" if isinstance(value, int) else ", ".join(f"{one:,}" for one in value)
 
 
 def _render_pairs(console: "Console", census: dict[str, Any]) -> None:

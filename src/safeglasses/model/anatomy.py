@@ -11,12 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.blocks import ATTENTION, Block, find_blocks
-from safeglasses.model.decoders import find_decoder, find_layers
+from safeglasses.model.decoders import find_decoder, find_layers, other_layers
 from safeglasses.model.experts import Experts, find_experts
 from safeglasses.model.sites import Site
 
 What = Literal["mlp", "linears", "neurons"]
-_CROSS = re.compile(r"cross_?att", re.IGNORECASE)
+_CROSS = re.compile(r"cross_?att|encoder_?att|encdecatt", re.IGNORECASE)
+_KEYS = re.compile(r"(k|v|kv|key|value)(_proj)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Anatomy:
     """Why there is no such block."""
     experts: Mapping[str, Experts] = field(default_factory=dict)
     """Modules of fused experts, by path; no linear maps, so in none of the fields above."""
+    beside: Mapping[str, int] = field(default_factory=dict)
+    """Further lists of layers with attention in the decoder's module, with their lengths (Idefics's gated
+    cross-attention, an encoder): nothing in them has an address."""
 
     @cached_property
     def ffn(self) -> tuple[str, ...]:
@@ -70,6 +74,12 @@ class Anatomy:
         return tuple(sorted(layer for layer, found in kinds.items() if found == {True}))
 
     @property
+    def cross_attention_keys(self) -> tuple[str, ...]:
+        """Key and value maps of cross-attention: they read pictures or an encoder, not the decoder's own tokens."""
+        leaves = ((path, path.rpartition(".")[2]) for path in self.linears)
+        return tuple(path for path, leaf in leaves if _KEYS.fullmatch(leaf) and _CROSS.search(path))
+
+    @property
     def layers_without_neurons(self) -> tuple[int, ...]:
         """Layers without a feed-forward block, as hybrids have that do one thing per layer."""
         filled = {Site(path, "in").layer for path in self.ffn} | {fused.layer for fused in self.experts.values()}
@@ -91,8 +101,8 @@ class Anatomy:
         """Return a family of sites.
 
         ``mlp``: outputs of all maps of the feed-forward blocks; ``linears``: outputs of all linear maps of the
-        decoder, fused experts left out; ``neurons``: inputs of the feed-forward output maps. Fused experts
-        follow the linear maps.
+        decoder but `cross_attention_keys`, without fused experts; ``neurons``: inputs of the feed-forward output
+        maps. Fused experts follow the linear maps.
 
         Raises:
             SafeglassesError: the model has no such sites.
@@ -105,7 +115,8 @@ class Anatomy:
                     expected="torch.nn.Linear or Conv1D modules inside the layers",
                     do="load the model unquantised, or in a format whose layers are torch.nn.Linear",
                 )
-            return tuple(Site(path, "out") for path in self.linears)
+            elsewhere = set(self.cross_attention_keys)
+            return tuple(Site(path, "out") for path in self.linears if path not in elsewhere)
         if not self.neurons:
             raise SafeglassesError(
                 "the decoder's feed-forward blocks have no linear maps of their own",
@@ -259,6 +270,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         blocks=found.blocks,
         ffn_reason=found.reason,
         experts=experts,
+        beside=other_layers(decoder, layers_path),
     )
 
 

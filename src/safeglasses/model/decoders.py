@@ -76,6 +76,18 @@ def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, int, int]:
     return path, len(layers), hidden_size
 
 
+def other_layers(decoder: nn.Module, layers_path: str) -> dict[str, int]:
+    """Return the lengths of the outermost lists of modules with attention that are not the decoder's layers."""
+    lists = [
+        (path, child) for path, child in decoder.named_modules() if isinstance(child, nn.ModuleList) and len(child)
+    ]
+    return {
+        path: len(layers)
+        for path, layers in _outermost(lists)
+        if path != layers_path and all(_attends(layer) for layer in layers)
+    }
+
+
 def _inner(decoder: nn.Module) -> tuple[str, nn.Module]:
     get_decoder = getattr(decoder, "get_decoder", None)
     inner = get_decoder() if callable(get_decoder) else decoder

@@ -1,4 +1,4 @@
-"""A model's anatomy as a table: what ``safeglasses inspect`` shows and the atlas of architectures keeps."""
+"""A model's anatomy as a table: what ``safeglasses inspect`` shows and ``docs/architectures.md`` is made of."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,8 +20,11 @@ def overview(anatomy: Anatomy) -> dict[str, Any]:
         "layers_path": anatomy.layers_path,
         "hidden_size": anatomy.hidden_size,
         "linears": _linears(anatomy),
+        "blocks": _blocks(anatomy),
         "experts": _fused(fused),
         "cross_attention_layers": list(anatomy.cross_attention_layers),
+        "cross_attention_maps": len(anatomy.cross_attention_keys),
+        "beside": dict(anatomy.beside),
         "layers_without_neurons": list(anatomy.layers_without_neurons),
         "neurons": {
             "linears": sum(anatomy.linears.values()),
@@ -49,6 +52,21 @@ def _linears(anatomy: Anatomy) -> list[dict[str, Any]]:
             "halves": list(anatomy.halves(paths[0]) or ()),
         }
         for kind, paths in kinds.items()
+    ]
+
+
+def _blocks(anatomy: Anatomy) -> list[dict[str, Any]]:
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for block in anatomy.blocks:
+        kinds.setdefault(tuple(_kind(path) for path in (*block.makers, block.down)), []).append(block.down)
+    return [
+        {
+            "maps": list(kind),
+            "layers": len({Site(path, "in").layer for path in downs}),
+            "blocks": len(downs),
+            "width": _widths(anatomy.in_features[path] for path in downs),
+        }
+        for kind, downs in kinds.items()
     ]
 
 

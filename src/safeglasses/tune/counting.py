@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.selection import Selection
 from safeglasses.model.anatomy import Anatomy, anatomy
-from safeglasses.model.atlas import on_meta
+from safeglasses.model.architectures import on_meta
 from safeglasses.tune.config import Mode, TuneConfig
 from safeglasses.tune.targets import Target, targets_of
 

@@ -10,8 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -27,13 +26,13 @@ from safeglasses.model.anatomy import Anatomy, anatomy
 
 @dataclass(frozen=True)
 class Entry:
-    """What the atlas knows of one type."""
+    """One type: its model without weights, and where its parts are."""
 
     model_type: str
     """As in ``config.json``."""
     class_name: str
     """The model's class; empty if it does not build."""
-    model: nn.Module | None
+    model: PreTrainedModel | None
     """On the meta device."""
     anatomy: Anatomy | None
     """Where its parts are; None if they were not located."""
@@ -54,7 +53,7 @@ def is_type(name: str) -> bool:
 
 
 def config_of(model_type: str) -> tuple[PreTrainedConfig, str]:
-    """Return a type's default config, or the atlas's own where that builds no model, and why."""
+    """Return a type's default config, or our own where that builds no model, and why."""
     own = _own_configs().get(model_type, {})
     config = CONFIG_MAPPING[model_type](**deepcopy(own.get("config", {})))
     for name, values in own.get("replace", {}).items():
@@ -63,7 +62,7 @@ def config_of(model_type: str) -> tuple[PreTrainedConfig, str]:
     return config, own.get("why", "")
 
 
-def on_meta(config: PreTrainedConfig) -> nn.Module:
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model of a config without weights.
 
     Raises:
@@ -103,9 +102,12 @@ def entry(model_type: str) -> Entry:
 
 def picture_tokens(config: PreTrainedConfig) -> str:
     """Say how the tokens that stand for pictures are told from others, as far as a config tells."""
+    known = config.to_dict()
     for name in ("image_token_id", "image_token_index"):
         if isinstance(getattr(config, name, None), int):
             return f"`input_ids == config.{name}`"
+        if name in known:
+            return f"`input_ids == config.{name}`, which has no default"
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return "no pictures"
     return "no picture token in the config"
@@ -121,4 +123,4 @@ def _class_of(config: PreTrainedConfig) -> Any:
 
 @cache
 def _own_configs() -> Mapping[str, Any]:
-    return tomllib.loads(files("safeglasses.model").joinpath("atlas.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(files("safeglasses.model").joinpath("architectures.toml").read_text(encoding="utf-8"))

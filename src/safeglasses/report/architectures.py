@@ -1,0 +1,130 @@
+"""``docs/architectures.md``: the anatomy of every registered type, as Markdown that a test compares line by line."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from safeglasses.model.architectures import Entry, picture_tokens
+from safeglasses.model.decoders import by_table
+from safeglasses.model.overview import overview
+from safeglasses.ship.support import ACTIONS, support
+
+_INTRO = """# Architectures
+
+Every type that transformers {version} registers as image-text-to-text, from its default config: the model is built
+without weights and its parts are found as they are in a checkpoint. `safeglasses inspect TYPE` shows all of one type,
+`safeglasses inspect MODEL --no-weights` of a checkpoint whose config differs from the default.
+
+This page is made by `python scripts/make_architectures.py`; a test compares it with the installed transformers.
+
+**{located} of {types} types located, {structural} of them by structure alone**, {experts} with fused experts,
+{modular} from a config of our own (the default builds no model).
+
+What may be done is what the code's own rules allow for this anatomy. That a type is allowed does not mean that it was
+ever run: the tests run tiny models of the families in `tests/families`.
+
+## Anatomy
+
+The decoder's path, layers and width; what its feed-forward blocks are made of, ending in the map that reads the neurons
+(in brackets the neurons of a layer's block; several widths where layers differ); fused experts (experts × neurons of
+each); linear maps in all. `N` in a path stands for a number.
+"""
+_ALLOWED = """
+## What may be done
+
+`yes`: with all neurons of the decoder; `maps`: with its linear maps, but not with all feed-forward neurons; `no`.
+Numbers name the sentences below.
+"""
+
+
+def page(entries: Iterable[Entry], version: str) -> str:
+    """Return the page.
+
+    Args:
+        entries: in the order to show them; each is asked for once and may be forgotten then.
+        version: of transformers.
+    """
+    rows: list[str] = []
+    allowed: list[str] = []
+    notes: list[str] = []
+    sentences: dict[str, int] = {}
+    counts = {"types": 0, "located": 0, "structural": 0, "experts": 0, "modular": 0}
+    for entry in entries:
+        counts["types"] += 1
+        counts["modular"] += bool(entry.note)
+        if entry.note:
+            notes.append(f"- `{entry.model_type}`: {entry.note}.")
+        if entry.anatomy is None or entry.model is None:
+            rows.append(f"| `{entry.model_type}` | not located: {entry.reason} |||||||")
+            continue
+        counts["located"] += 1
+        counts["structural"] += not by_table(entry.model_type)
+        counts["experts"] += bool(entry.anatomy.experts)
+        rows.append(_row(entry, entry.model, overview(entry.anatomy)))
+        cells = []
+        for found in support(entry.model, entry.anatomy):
+            number = f" {sentences.setdefault(found.why, len(sentences) + 1)}" if found.why else ""
+            cells.append({"linear maps": "maps"}.get(found.level, found.level) + number)
+        allowed.append(f"| `{entry.model_type}` | {' | '.join(cells)} |")
+    lines = [
+        _INTRO.format(version=version, **counts),
+        "| type | decoder | layers × width | feed-forward | fused experts | linear maps | cross-attention | "
+        "picture tokens | parameters |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *rows,
+        _ALLOWED,
+        f"| type | {' | '.join(ACTIONS)} |",
+        "|---" * (len(ACTIONS) + 1) + "|",
+        *allowed,
+        "",
+        *(f"{number}. {why[:1].upper()}{why[1:]}." for why, number in sentences.items()),
+        "",
+        "## Configs of our own",
+        "",
+        *notes,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(entry: Entry, model: PreTrainedModel, found: dict[str, Any]) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cells = [
+        f"`{entry.model_type}`",
+        f"`{found['decoder'] or '.'}` → `{found['layers_path']}`"
+        + (" (by table)" if by_table(entry.model_type) else ""),
+        f"{found['layers']} × {found['hidden_size']:,}",
+        _blocks(found),
+        "; ".join(
+            f"`{row['kind']}` {_numbers(row['experts'])} × {_numbers(row['width'])} in {row['layers']} layers"
+            for row in found["experts"]
+        ),
+        f"{len(found['linears'])} kinds, {sum(row['maps'] for row in found['linears']):,} maps, "
+        f"{found['neurons']['linears']:,} outputs",
+        _crossing(found),
+        picture_tokens(model.config),
+        f"{parameters:,}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _blocks(found: dict[str, Any]) -> str:
+    said = []
+    for row in found["blocks"]:
+        place = row["maps"][-1].rpartition(".")[0]
+        names = ", ".join(f"`{kind.removeprefix(place + '.')}`" for kind in row["maps"])
+        said.append((f"`{place}`: " if place else "") + f"{names} [{_numbers(row['width'])}]")
+    missing = found["layers_without_neurons"]
+    return "; ".join(said) + (f"; none in {len(missing)} layers" if missing else "")
+
+
+def _crossing(found: dict[str, Any]) -> str:
+    alone, keys = len(found["cross_attention_layers"]), found["cross_attention_maps"]
+    said = [f"{alone} layers of its own"] if alone else [f"{keys} key and value maps"] if keys else []
+    beside = ", ".join(f"`{path}` × {n}" for path, n in found["beside"].items())
+    said += [f"beside the layers, without addresses: {beside}"] if beside else []
+    return "; ".join(said)
+
+
+def _numbers(value: int | list[int]) -> str:
+    return f"{value:,}" if isinstance(value, int) else ", ".join(f"{one:,}" for one in value)

@@ -1,0 +1,96 @@
+"""What can be done with a model of some anatomy, and where not, the sentence why; from shapes alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from safeglasses.errors import SafeglassesError
+from safeglasses.model import loading
+from safeglasses.model.anatomy import Anatomy
+from safeglasses.tune.targets import makers_of
+
+Level = Literal["yes", "linear maps", "no"]
+ACTIONS = ("capture", "wear", "fold", "IA3", "LoRA", "shield")
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether one thing can be done."""
+
+    action: str
+    """One of `ACTIONS`."""
+    level: Level
+    """``linear maps``: with the linear maps of the decoder, but not with all feed-forward neurons."""
+    why: str = ""
+    """Why not everywhere."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it JSON-ready."""
+        return asdict(self)
+
+
+def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
+    """Say what the code's own rules allow; that a type is allowed does not mean that it was ever run.
+
+    Args:
+        model: on any device, the meta device included.
+        anatomy: of the model.
+    """
+    config: Any = model.config
+    try:
+        loading.auto_class(config.model_type, config)
+    except SafeglassesError:
+        why = (
+            "an encoder–decoder is not loaded"
+            if config.is_encoder_decoder
+            else "no Auto class that writes text loads it"
+        )
+        return tuple(Support(action, "no", why) for action in ACTIONS)
+    experts = next((site for site in anatomy.neurons if site.expert is not None), None)
+    tied = _tied(model, anatomy)
+    if anatomy.experts:
+        routed = "fused experts are slices of 3-D parameters, which no module computes alone"
+        limits = {
+            "capture": "fused experts are not read yet",
+            "wear": "fused experts are not scaled yet",
+            "fold": "factors are not multiplied into 3-D parameters yet",
+            "IA3": routed,
+            "LoRA": routed,
+        }
+    else:
+        limits = {"capture": "experts see only the tokens a router sends there"} if experts is not None else {}
+    if tied:
+        limits["fold"] = tied
+    keys = anatomy.cross_attention_keys
+    if keys and "capture" not in limits:
+        limits["capture"] = "keys and values of cross-attention read other tokens than the decoder's"
+    found = [
+        Support(action, "linear maps" if action in limits else "yes", limits.get(action, "")) for action in ACTIONS[:5]
+    ]
+    return (*found, _shield(anatomy, experts is not None))
+
+
+def _shield(anatomy: Anatomy, experts: bool) -> Support:
+    if experts:
+        return Support(
+            "shield", "no", "which expert a token meets depends on the token: neurons of experts are not tuned"
+        )
+    try:
+        for block in anatomy.blocks:
+            makers_of(anatomy, block.down)
+    except SafeglassesError as error:
+        return Support("shield", "no", error.what)
+    if not anatomy.blocks:
+        return Support("shield", "no", anatomy.ffn_reason)
+    return Support("shield", "yes")
+
+
+def _tied(model: nn.Module, anatomy: Anatomy) -> str:
+    """Say which linear map of the decoder shares its weight with another module; empty if none does."""
+    homes: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name)
+    wanted = {f"{anatomy.absolute_path(path)}.weight" for path in anatomy.linears}
+    shared = next((names for names in homes.values() if len(names) > 1 and wanted & set(names)), None)
+    return "" if shared is None else f"{shared[0]} is also {shared[1]}"
