@@ -3,12 +3,14 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 import families
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.anatomy import anatomy, module
 from safeglasses.model.blocks import Block
+from safeglasses.model.chat import Chat
 from safeglasses.model.experts import Experts
 from safeglasses.model.hooks import tap
 from safeglasses.model.overview import overview
@@ -200,6 +202,18 @@ def test_halves_of_a_fused_map_are_addressed_apart(family: Callable[[str], VLM])
     )
     with pytest.raises(PartialMatch, match="a linear map has no side 'gate'"):
         found.neuron("layers.1.mlp.down_proj:gate#0")
+
+
+def test_default_sites_of_cross_attention_see_every_token(family: Callable[[str], VLM]) -> None:
+    vlm = family("mllama")
+    sites, seen = vlm.anatomy.sites("linears"), {}
+    assert vlm.anatomy.cross_attention_keys == ("layers.1.cross_attn.k_proj", "layers.1.cross_attn.v_proj")
+    assert len(sites) == len(vlm.anatomy.linears) - 2
+    batch = vlm.encode([Chat(families.messages(index), "ok then") for index in range(3)])
+    with torch.no_grad(), tap(vlm.model, vlm.anatomy, sites, lambda site, value: seen.setdefault(site, value.shape)):
+        vlm.forward(batch)
+    tokens = batch.inputs["input_ids"].numel()
+    assert all(seen[site].numel() == tokens * vlm.anatomy.width(site) for site in sites)
 
 
 def test_square_blocks_take_the_last_map() -> None:
