@@ -6,9 +6,9 @@ method hands over at most six glasses that it believes to be on the front, by th
 measured on the test split, sampled at temperature 1, which no method has seen, and compared by hypervolume: the share
 of the rectangle up to the untouched model's harm and 10 points of damage that they dominate.
 
-    python benchmarks/calibration.py --processes 2       # under an hour of processor time; goes on where it was killed
+    python benchmarks/calibration.py --processes 2       # 40 minutes of processor time; goes on where it was killed
     python benchmarks/calibration.py --pilot             # how the searches' settings were chosen; no test split
-    python benchmarks/calibration.py --quick             # a minute, figures without meaning
+    python benchmarks/calibration.py --quick             # three minutes, figures without meaning
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from calibration_figures import compared, printed
+from calibration_figures import GAPS, compared, printed
 from calibration_plot import drawing
 from calibrators import (
     BETAS,
@@ -151,9 +151,9 @@ class Job:
 
     def _gap(self, meter: Meter, pick: Offer) -> dict[str, Any]:
         """Compare what calibration promises of the glasses that it would pick with what more prompts say."""
-        whole = Meter(meter.ground, prompts_of(meter.ground, self.judged, GAP_PROMPTS, 5), 5)
-        seen = whole.figures(pick.factors)
-        gap = {kind: seen[kind] - pick.figures[kind] for kind in ("harmful", "damage")}
+        more = Meter(meter.ground, prompts_of(meter.ground, self.judged, GAP_PROMPTS, 5), 5)
+        seen = more.figures(pick.factors)
+        gap = {kind: seen[kind] - pick.figures[kind] for kind in GAPS}
         return {"label": pick.label, "calibrate": told(pick.figures), "judged": seen, **gap}
 
 
@@ -215,12 +215,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300, help="test prompts that glasses are compared on")
     parser.add_argument("--processes", type=int, default=1, help="seeds at once, a thread each")
     parser.add_argument("--pilot", action="store_true", help="compare settings of the searches, on the calibrate split")
-    parser.add_argument("--methods", nargs="+", help="only these of a pilot")
+    parser.add_argument("--methods", nargs="+", choices=(OURS, *TRIED), help="only these of a pilot")
     parser.add_argument("--quick", action="store_true", help="one seed and a few seconds")
     parser.add_argument("--work", type=Path, default=Path("runs/calibration"), help="where finished parts are kept")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--plot", type=Path, help="where to draw")
     args = parser.parse_args()
+    if args.methods and not args.pilot:
+        parser.error("--methods chooses among a pilot's; without --pilot all are compared")
     seeds, seconds, prompts = args.seeds or (PILOT_SEEDS if args.pilot else SEEDS), args.seconds, args.prompts
     if args.quick:
         seeds, seconds, prompts = seeds[:1], 10.0, 60
@@ -234,7 +236,6 @@ def main() -> None:
         found = pool.starmap(job.run, [(seed, methods) for seed in seeds], chunksize=1)
     summary = compared(found, methods, OURS)
     print(printed(summary))
-    print(f"other processes took {share():.0%} of the processors")
     if args.out is not None:
         head = record("calibration", ("optuna", "transformers"), **setting, seeds=list(seeds), threads=1)
         write_json(args.out, {**head, "others_share": share(), "summary": summary, "runs": found})

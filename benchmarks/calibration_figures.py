@@ -47,14 +47,14 @@ def compared(runs: Sequence[Run], methods: Sequence[str], ours: str) -> dict[str
 
 def printed(summary: Mapping[str, Any]) -> str:
     """Return the summary as lines for a terminal."""
-    lines = [f"{'':24}{'harm, damage':>24}{'harm, KL':>24}{'tried':>8}{'seconds':>9}"]
+    lines = [f"{'':27}{'harm, damage':>24}{'harm, KL':>24}{'tried':>8}{'seconds':>9}"]
     for name, area in summary["hypervolume"].items():
         lines.append(
-            f"{name:24}{_text(area):>24}{_text(summary['hypervolume_kl'][name]):>24}"
+            f"{name:27}{_text(area):>24}{_text(summary['hypervolume_kl'][name]):>24}"
             f"{summary['tried'][name]:8.1f}{summary['seconds'][name]:9.1f}"
         )
-    lines += [f"ahead of {name:15}{_text(area):>24}" for name, area in summary.get("hypervolume_ahead", {}).items()]
-    lines += [f"gap of {kind:17}{_text(gap):>24}" for kind, gap in summary.get("gap", {}).items()]
+    lines += [f"ahead of {name:24}{_text(area):>24}" for name, area in summary.get("hypervolume_ahead", {}).items()]
+    lines += [f"gap of {kind:20}{_text(gap):>24}" for kind, gap in summary.get("gap", {}).items()]
     return "\n".join(lines)
 
 

@@ -171,7 +171,7 @@ def calibration(ground: Ground, seconds: float) -> Found:
         laps.append(budget.spent)
         return not budget.fits(max(b - a for a, b in pairwise(laps)))
 
-    front = Calibration(
+    calibrator = Calibration(
         ground.vlm,
         ground.evidence,
         calibration_data(ground.pairs, ground.prompts),
@@ -182,11 +182,11 @@ def calibration(ground: Ground, seconds: float) -> Found:
         refusals=ground.refusals,
         seed=ground.seed,
         max_new_tokens=ground.max_new_tokens,
-    ).front(BETAS, enough=enough)
+    )
+    front = calibrator.front(BETAS, enough=enough)
     offers = [Offer(f"β = {p.beta:g}", p.figures, front.rule.factors(p.strengths)) for p in front.points]
-    spent = budget.spent
-    pick = offers[min(range(len(offers)), key=lambda i: front.points[i].figures["score"])]
-    return Found(kept(offers, front.base["harmful"]), len(offers), spent, pick)
+    spent, taken = budget.spent, calibrator.on_front(front).taken
+    return Found(kept(offers, front.base["harmful"]), len(offers), spent, offers[taken.index])
 
 
 def uniform(ground: Ground, seconds: float, recipe: Recipe) -> Found:
