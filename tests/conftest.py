@@ -1,6 +1,7 @@
 """Offline, quiet, type-checked: what every test runs under."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,3 +33,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_vlm(tiny: Path) -> VLM:
     """The tiny llava, loaded; shared by the session, so leave its weights alone."""
     return load(tiny)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VLM]:
+    """Build and load a family once; leave its weights alone."""
+    folder = tmp_path_factory.mktemp("families")
+    loaded: dict[str, VLM] = {}
+
+    def get(name: str) -> VLM:
+        if name not in loaded:
+            loaded[name] = load(families.build(name, folder / name))
+        return loaded[name]
+
+    return get

@@ -12,7 +12,6 @@ from safeglasses.model.anatomy import anatomy, module
 from safeglasses.model.blocks import Block
 from safeglasses.model.chat import Chat
 from safeglasses.model.experts import Experts
-from safeglasses.model.hooks import tap
 from safeglasses.model.overview import overview
 from safeglasses.model.sites import SIDES, Site
 from safeglasses.model.vlm import VLM
@@ -111,10 +110,10 @@ def test_fused_experts_have_addresses_of_their_own(family: Callable[[str], VLM])
 
 def test_fused_experts_are_refused_where_modules_are_needed(family: Callable[[str], VLM]) -> None:
     vlm = family("qwen3_vl_moe")
-    with pytest.raises(PartialMatch) as caught, tap(vlm.model, vlm.anatomy, vlm.anatomy.neurons, lambda *_: None):
-        pass
+    with pytest.raises(PartialMatch) as caught:
+        vlm.anatomy.require_linear(vlm.anatomy.neurons)
     assert str(caught.value) == (
-        "fused experts are no modules: they can be neither read nor scaled yet\n"
+        "fused experts are no modules: this works on linear maps alone\n"
         "  given:    layers.0.mlp.experts.0, layers.0.mlp.experts.1, layers.0.mlp.experts.2 …: "
         "slices of 3-D parameters\n"
         "  expected: linear maps\n"

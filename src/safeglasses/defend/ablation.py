@@ -42,10 +42,12 @@ class StandIns:
             seed: of the choice.
 
         Raises:
+            PartialMatch: a site is one of fused experts, or missing.
             SafeglassesError: no examples.
         """
         if not examples:
             raise SafeglassesError("no examples to take ordinary activations from", expected="at least one")
+        vlm.anatomy.require_linear(sites)  # experts see other tokens, so theirs could not be drawn together
         generator = torch.Generator().manual_seed(seed)
         share = -(-tokens // len(examples))
         kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
@@ -124,7 +126,6 @@ class Ablation:
         """
         masks = {site: self.neurons.masks[site] for site in self._sites}
         for site, mask in masks.items():
-            target.anatomy.require(site.path)
             if len(mask) != target.anatomy.width(site):
                 raise SafeglassesError(
                     "the neurons do not fit their site",

@@ -249,12 +249,13 @@ def _gains(
     """|Gini| of the neurons that one evidence selects, 0 elsewhere; terms are the pools, then their lower sides."""
     judged = confirmed_by_held_out(evidence) if confirmed else evidence
     chosen = experts(judged, pools, threshold=threshold, fdr=fdr)
+    rated = [judged.rated(pool) for pool in pools]
     widths = [mask.shape[1] for mask in chosen.values()]
     low = max(0.5, threshold if threshold is not None else 0.5)
     gain = torch.zeros(len(chosen), len(pools) * (1 + both), max(widths), dtype=torch.float32)
     for i, (site, mask) in enumerate(chosen.items()):
         auroc = rows(judged, site, pools).double()
-        sides = [mask, auroc < 1 - low] if both else [mask]
+        sides = [mask, (auroc < 1 - low) & torch.stack([known[site] for known in rated])] if both else [mask]
         ginis = (2 * (auroc - 0.5)).clamp(min=0), (2 * (0.5 - auroc)).clamp(min=0)
         found = [torch.where(side, g, 0.0) for side, g in zip(sides, ginis, strict=False)]
         gain[i, :, : widths[i]] = torch.cat(found).float()

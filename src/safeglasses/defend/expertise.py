@@ -109,7 +109,7 @@ def experts(
 
 
 def table_columns(evidence: Evidence, pools: Sequence[Pool]) -> dict[str, Factors]:
-    """Return the evidence as columns of the table of neurons: AUROC, held-out AUROC and q per pool."""
+    """Return the evidence as columns of the table of neurons, per pool: AUROC, held-out AUROC, q, samples met."""
     columns: dict[str, Factors] = {}
     for pool in pools:
         row = evidence.row(pool)
@@ -117,4 +117,7 @@ def table_columns(evidence: Evidence, pools: Sequence[Pool]) -> dict[str, Factor
         if evidence.held_out is not None:
             columns[f"held-out {pool}"] = {s: values[row].float() for s, values in evidence.held_out.items()}
         columns[f"q {pool}"] = {site: q.float() for site, q in evidence.q_values(pool).items()}
+        for kind in ("toxic", "non_toxic") if "n_toxic" in evidence.columns else ():
+            met = {site: evidence.columns[f"n_{kind}"][site][row].float() for site in evidence.auroc}
+            columns[f"met-{kind.replace('_', '-')} {pool}"] = met
     return columns

@@ -64,6 +64,14 @@ def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite
         SafeglassesError: the folder exists, a module has both sides, or PEFT would match other modules too.
     """
     home = contents.home
+    expert = next((site for site in contents.factors if site.fused), None)
+    if expert is not None:
+        raise SafeglassesError(
+            "an IA3 adapter cannot carry factors of fused experts: they are slices of parameters, not modules",
+            given=str(expert),
+            expected="factors of linear maps",
+            do="wear these glasses in Python, or use a recipe with sites = linears",
+        )
     adapter, moves = one_side(effective(contents.factors, contents.strength), vlm, contents.moves)
     check_names(vlm.model if vlm is not None else None, adapter, home)
     sites = in_order(contents.factors)

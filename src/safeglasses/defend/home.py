@@ -172,13 +172,13 @@ def check_widths(anatomy: Anatomy, widths: Mapping[Site, int], fitting: str) -> 
     """
     problems = []
     for site in in_order(widths):
-        there = {"out": anatomy.linears, "in": anatomy.in_features}.get(site.side, {})
-        if anatomy.expert(site) is not None:
-            problems.append(f"{site} (fused experts cannot be scaled yet)")
-        elif site.path not in there:
+        try:
+            width = anatomy.width(site)
+        except PartialMatch:
             problems.append(f"{site} (no such module)")
-        elif there[site.path] != widths[site]:
-            problems.append(f"{site} (width {there[site.path]}, not {widths[site]})")
+            continue
+        if width != widths[site]:
+            problems.append(f"{site} (width {width}, not {widths[site]})")
     if problems:
         more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise PartialMatch(

@@ -7,7 +7,7 @@
 | `kind` | string | the site without its layer, e.g. ``mlp.down_proj:in`` |
 | `index` | int32 | neuron within the site |
 | `factor` | float32 | what the neuron's value is multiplied by at strength 1 (glasses) |
-| others | float32 | evidence: ``auroc <pool>``, ``held-out <pool>``, ``q <pool>``; see `COLUMNS` |
+| others | float32 | evidence: ``auroc <pool>``, ``held-out <pool>``, ``q <pool>`` …; see `COLUMNS` |
 
 Rows are in order of layer, site and index. The schema says what each column means, in the column's metadata.
 """
@@ -37,6 +37,8 @@ COLUMNS = {
     "factor": "what the neuron's value is multiplied by at strength 1",
     "auroc": "area under the ROC curve of the pooled value against the label (toxic = 1)",
     "held-out": "the same on held-out data",
+    "met-toxic": "toxic samples of which a token in the span was sent to the neuron's expert",
+    "met-non-toxic": "non-toxic samples, likewise",
     "change": "norm of the change of the neuron's rows",
     "q": "smallest false discovery rate at which the neuron is selected (Benjamini-Hochberg)",
 }

@@ -11,6 +11,7 @@ from safeglasses.data.examples import Example
 from safeglasses.find.confounds import Confound, columns_of, explained
 from safeglasses.find.engine import Finished
 from safeglasses.find.evidence import Evidence
+from safeglasses.find.pools import Pool
 from safeglasses.find.selection import Selection
 from safeglasses.find.statistic import HALF_A, LEFT_OUT, TOXIC, Samples
 from safeglasses.find.uncertainty import noise, stability, stability_from_errors
@@ -69,7 +70,7 @@ def assess(
             continue
         groups = samples.groups[row]
         halves = (int((groups == HALF_A).sum()), int((groups > TOXIC).sum()) - int((groups == HALF_A).sum()))
-        null = torch.cat([column[row] for column in evidence.columns["null"].values()])
+        null = _null(evidence, pool, row)
         record |= {
             "selected": len(chosen),
             "selected_before_held_out": len(passed),
@@ -77,14 +78,14 @@ def assess(
             "cutoff": cutoff,
             "looked_at": len(looked),
             "noise": noise(null, halves, cutoff=cutoff, cutoff_counts=(toxic, non_toxic)).to_json()
-            if min(halves)
+            if min(halves) and len(null)
             else None,
             "stability": None,
             "explained": [],
         }
         if cutoff is None or not looked:
             continue
-        if values is None:
+        if values is None or bool(values[row].isnan().any()):  # experts: not every sample has a value of each
             if resamples:
                 record["stability"] = _approximate(evidence, row, looked, cutoff)
             continue
@@ -93,6 +94,17 @@ def assess(
             values[row].index_select(1, counted), samples, row, counted, columns, cutoff, resamples, seed
         )
     return {"confounds": [row.to_json() for row in confounds], "pools": pools}
+
+
+def _null(evidence: Evidence, pool: Pool, row: int) -> Tensor:
+    """Return the AUROCs of benign against benign samples; where neurons met fewer, as far out as with all of them."""
+    every = []
+    for site, rated in evidence.rated(pool).items():
+        off, met = evidence.columns["null"][site][row].double() - 0.5, evidence.met(site)
+        if met is not None:  # chance goes as far as one over the root of the samples
+            off = off * (met[1][row] / evidence.samples[row][1]).sqrt()
+        every.append(0.5 + off[rated])
+    return torch.cat(every)  # may be none
 
 
 def _looked_at(

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
-from safeglasses.find.edges import Edges, edges_of
+from safeglasses.find.edges import Edges
 from safeglasses.find.moments import Moments
 from safeglasses.find.passes import LENGTHS, Watch, is_sharded, passes, plan
 from safeglasses.find.ranks import Ranks
+from safeglasses.find.routed import edges_with_gaps, gaps_of, rate
 from safeglasses.find.shards import SHARD, Shards, cut, owners_of
-from safeglasses.find.statistic import Columns, Samples, Statistic
+from safeglasses.find.statistic import Columns, Samples
 from safeglasses.find.tally import Tally
 from safeglasses.find.world import World
 from safeglasses.model.sites import Site
@@ -94,6 +95,7 @@ class Job:
         self.progress = progress
         self.neurons = sum(vlm.anatomy.width(site) for site in watch.sites)
         self.shards = cut(samples.clusters, setup.shard, setup.seed)
+        self.gaps = gaps_of(vlm.anatomy, watch.sites)
 
     def run(self) -> Finished:
         """Capture what is not there yet, and finish.
@@ -187,15 +189,13 @@ class Job:
         return torch.cat([by_shard[index] for index in range(len(self.shards))], dim=2)
 
     def _finish_run(self, values: Shaped[Tensor, "pool _neuron sample"], samples: Samples, first: int) -> Columns:
-        statistics: list[Statistic] = [Ranks(), *([Moments()] if self.setup.moments else [])]
-        columns: dict[str, Float[Tensor, "pool _neuron"]] = {}
+        def make() -> list[Ranks | Moments]:
+            return [Ranks(), *([Moments()] if self.setup.moments else [])]
+
         if not values.shape[1]:
-            return columns
-        with self._naming(first):
-            for statistic in statistics:
-                statistic.add(values, samples)
-                columns |= statistic.finish()
-        return columns
+            return {}
+        gaps = self.gaps[first : first + values.shape[1]] if self.gaps is not None else None
+        return rate(values, samples, gaps, make, lambda start: self._naming(first + start))
 
     @contextmanager
     def _naming(self, first: int) -> Iterator[None]:
@@ -222,7 +222,7 @@ class Job:
             yield start, min(start + height, self.neurons)
 
     def _histogram(self) -> Finished:
-        tally = Tally.load(self.setup.folder, self.world, len(self.examples))
+        tally = Tally.load(self.setup.folder, self.world, len(self.examples), self.gaps)
         done = set().union(*self.world.all_say(sorted(tally.shards)))
         unset = not self.world.all_say(tally.histogram is not None)[0]
         if unset and done:
@@ -242,7 +242,9 @@ class Job:
                 made = None
                 if self.world.is_first and values is not None:
                     with self._naming(0):
-                        made = {"keys": edges_of(values, self.samples.take(rows), self.setup.bins).keys}
+                        made = {
+                            "keys": edges_with_gaps(values, self.samples.take(rows), self.setup.bins, self.gaps).keys
+                        }
                 tally.start(Edges(self.world.broadcast(made)["keys"], self.watch.dtype), moments=self.setup.moments)
                 unset = False
             if index is not None and values is not None and lengths is not None:

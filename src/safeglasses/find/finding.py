@@ -20,7 +20,7 @@ from safeglasses.find.certainty import assess
 from safeglasses.find.confounds import confound_table
 from safeglasses.find.engine import Engine, Finished, Job, Setup, shard_size
 from safeglasses.find.estimate import DISK_SHARE, choose, exact_bytes
-from safeglasses.find.evidence import Aurocs, Evidence
+from safeglasses.find.evidence import FEWEST, Aurocs, Evidence
 from safeglasses.find.passes import Watch
 from safeglasses.find.pools import Pool
 from safeglasses.find.sizes import format_bytes, free_disk, memory_budget
@@ -124,11 +124,26 @@ def measure_evidence(
         weight_norms={site: weight_norm(vlm, site) for site in watch.sites if site.side == "in"},
         engine=setup.engine,
     )
+    if world.is_first:
+        _say_what_met_few(evidence)
     with timed("statistics"):
         certainty = assess(
             evidence, find, samples, found, confounds, resamples=resamples, seed=setup.seed, alone=world.is_first
         )
     return replace(evidence, certainty=certainty)
+
+
+def _say_what_met_few(evidence: Evidence) -> None:
+    for pool in evidence.pools if "n_toxic" in evidence.columns else ():
+        rated = torch.cat(list(evidence.rated(pool).values()))
+        if not rated.all():
+            log.warning(
+                "%s: the router sent fewer than %d samples of a class to %s of %s neurons: they are not selected",
+                pool,
+                FEWEST,
+                f"{int((~rated).sum()):,}",
+                f"{len(rated):,}",
+            )
 
 
 def setup_for(
@@ -188,6 +203,11 @@ def setup_for(
 
 def weight_norm(vlm: VLM, site: Site) -> Float[Tensor, " _neuron"]:
     """Return ‖W[:, i]‖₂ over the outputs of the map that reads a site, in float32 on the CPU."""
+    fused = vlm.anatomy.expert(site)
+    if fused is not None:
+        experts, number = fused
+        weight = vlm.model.get_submodule(vlm.anatomy.absolute_path(experts.path)).get_parameter(experts.down)
+        return whole(weight)[number].float().norm(dim=1 if experts.transposed else 0).cpu()
     linear = module(vlm.model, vlm.anatomy, site)
     outputs = 0 if isinstance(linear, torch.nn.Linear) else 1  # Conv1D keeps (in, out)
     return whole(linear.get_parameter("weight")).float().norm(dim=outputs).cpu()

@@ -78,6 +78,18 @@ class Histogram:
                 chosen = None if len(columns) == some.shape[1] else columns
                 (self._add_sorted if sorts else self._add_searched)(pool, some, chosen, groups[columns])
 
+    def part(self, pool: int, neurons: slice) -> "Histogram":
+        """Return some neurons of one pool: what is added to them is added here, as long as it lies on the CPU."""
+        made = Histogram.__new__(Histogram)
+        made.edges = Edges(self.edges.keys[pool : pool + 1, neurons], self.edges.dtype)
+        made.counts = self.counts[pool : pool + 1, neurons]
+        return made
+
+    def counted(self) -> Columns:
+        """Return how many samples of each class every neuron has seen: ``n_toxic`` and ``n_non_toxic``."""
+        groups = self.counts.sum(dim=3).double().cpu()
+        return {"n_toxic": groups[..., TOXIC], "n_non_toxic": groups[..., HALF_A] + groups[..., HALF_B]}
+
     def seen(self) -> Int[Tensor, " pool"]:
         """Return how many samples were counted, on the CPU."""
         return self.counts[:, :1].sum(dim=(1, 2, 3)).cpu()
@@ -191,14 +203,13 @@ def _auroc(
     """Return the mid-rank estimate and half the share of pairs whose order the bins hide."""
     if not positive.numel():
         return torch.empty(len(positive)).double(), torch.empty(len(positive)).double()
-    n_pos, n_neg = int(positive[0].sum()), int(negative[0].sum())
-    if not n_pos or not n_neg:
-        return torch.full((len(positive),), 0.5).double(), torch.zeros(len(positive)).double()
+    pairs = positive.sum(dim=1) * negative.sum(dim=1)  # below 2⁶⁰
     below = negative.cumsum(dim=1) - negative
     double_wins = (positive * (2 * below + negative)).sum(dim=1)
     hidden = (positive * negative).masked_fill(single, 0).sum(dim=1)
-    pairs = 2 * n_pos * n_neg  # below 2⁶¹
-    return double_wins.double().cpu() / pairs, hidden.double().cpu() / pairs
+    one = pairs.clamp(min=1)
+    auroc = torch.where(pairs > 0, double_wins.double() / (2 * one), 0.5)
+    return auroc.cpu(), (hidden.double() / (2 * one)).cpu()
 
 
 def _count(

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safeglasses.errors import SafeglassesError
 from safeglasses.find.blocks import check_fit, check_shape, nan_error
 from safeglasses.find.statistic import TOXIC, Columns, Samples
 
@@ -16,9 +17,9 @@ _BLOCK = 2**18
 
 @dataclass
 class _Sums:
-    """What is kept; ``class`` is toxic, non-toxic."""
+    """What is kept; ``class`` is toxic, non-toxic. Counts are of all neurons (``each`` is 1) or of every one."""
 
-    count: Int[Tensor, "pool class"]
+    count: Int[Tensor, "pool class each"]
     """Samples."""
     mean: Float[Tensor, "pool class neuron"]
     """Mean value."""
@@ -30,28 +31,30 @@ class _Sums:
     """Samples above 0."""
     change: Float[Tensor, "pool neuron"]
     """Sum over clusters that hold both classes of the squared difference of the classes' means."""
-    clusters: Int[Tensor, " pool"]
+    clusters: Int[Tensor, "pool each"]
     """How many these are."""
 
     @classmethod
-    def zeros(cls, pools: int, neurons: int, device: torch.device) -> "_Sums":
+    def zeros(cls, pools: int, neurons: int, device: torch.device, each: int = 1) -> "_Sums":
         sums = torch.zeros(4, pools, 2, neurons, dtype=torch.float64, device=device)
-        count = torch.zeros(pools, 2, dtype=torch.int64)
+        count = torch.zeros(pools, 2, each, dtype=torch.int64)
         change = torch.zeros(pools, neurons, dtype=torch.float64, device=device)
         return cls(count, sums[0], sums[1], sums[2], sums[3].long(), change, count[:, 0].clone())
 
-    def join(self, pool: int, kind: int, run: slice, count: int, mean: Tensor, spread: Tensor) -> None:
+    def join(self, pool: int, kind: int, run: slice, count: int | Tensor, mean: Tensor, spread: Tensor) -> None:
         """Take in mean and spread of more samples, for a run of neurons; `count` is left as it is.
 
         Source: Chan, Golub and LeVeque 1983, equations 2.1 (pairwise updating of means and sums of squares).
         """
-        before = int(self.count[pool, kind])
-        if not before:
-            self.mean[pool, kind, run], self.spread[pool, kind, run] = mean, spread
-            return
+        before = self.count[pool, kind] if self.count.shape[2] == 1 else self.count[pool, kind, run]
+        first = (before == 0).to(mean.device)
+        total = (before + count).clamp(min=1).double()
         gap = mean - self.mean[pool, kind, run]
-        self.mean[pool, kind, run] += gap * (count / (before + count))
-        self.spread[pool, kind, run] += spread + gap.square() * (before * count / (before + count))
+        moved = self.mean[pool, kind, run] + gap * (count / total).to(mean.device)
+        spread_there = self.spread[pool, kind, run]
+        wider = spread_there + (spread + gap.square() * (before * count / total).to(mean.device))
+        self.mean[pool, kind, run] = torch.where(first, mean, moved)
+        self.spread[pool, kind, run] = torch.where(first, spread, wider)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Moments:
             for start in range(0, neurons, height):
                 some = values.detach()[pool, start : start + height].t().contiguous()
                 _add_block(self._sums, pool, start, some.index_select(0, rows.order).double(), rows)
-            self._sums.count[pool] += torch.tensor([rows.toxic, len(rows.order) - rows.toxic])
+            self._sums.count[pool] += torch.tensor([rows.toxic, len(rows.order) - rows.toxic])[:, None]
             self._sums.clusters[pool] += rows.clusters
 
     def merge(self, other: "Moments") -> None:
@@ -146,11 +149,11 @@ class Moments:
             return
         check_shape(other._shape, self._shape)
         if self._sums is None:
-            self._sums = _Sums.zeros(*other._shape, theirs.change.device)
+            self._sums = _Sums.zeros(*other._shape, theirs.change.device, theirs.count.shape[2])
         whole = slice(None)
-        for pool, counts in enumerate(theirs.count.tolist()):
+        for pool, counts in enumerate(theirs.count):
             for kind, count in enumerate(counts):
-                if count:
+                if count.any():
                     mean, spread = theirs.mean[pool, kind], theirs.spread[pool, kind]
                     self._sums.join(pool, kind, whole, count, mean, spread)
         for name in ("count", "absolute", "positive", "change", "clusters"):
@@ -161,7 +164,7 @@ class Moments:
         sums = self._sums
         if sums is None:
             return {}
-        count = sums.count.to(sums.mean.device)[:, :, None].double()
+        count = sums.count.to(sums.mean.device).double()
         columns: dict[str, Tensor] = {}
         for kind, label in enumerate(("toxic", "non_toxic")):
             missing = count[:, kind] == 0
@@ -171,8 +174,22 @@ class Moments:
         gap = columns["mean_toxic"] - columns["mean_non_toxic"]
         sd = (sums.spread.sum(dim=1) / (count.sum(dim=1) - 2)).sqrt()
         columns["effect_size"] = torch.where(gap == 0, gap, gap / sd)
-        columns["rms_change"] = (sums.change / sums.clusters.to(gap.device)[:, None]).sqrt()
+        columns["rms_change"] = (sums.change / sums.clusters.to(gap.device)).sqrt()
         return {name: column.cpu() for name, column in columns.items()}
+
+    @classmethod
+    def each(cls, pools: int, neurons: int) -> "Moments":
+        """Return one that counts for every neuron which samples it has seen; add to it by `part`."""
+        made = cls()
+        made._sums = _Sums.zeros(pools, neurons, torch.device("cpu"), neurons)
+        return made
+
+    def part(self, pool: int, neurons: slice) -> "Moments":
+        """Return some neurons of one pool of an `each`: what is added to them is added here."""
+        if self._sums is None:
+            raise SafeglassesError("nothing to take a part of", given="no sums", expected="Moments.each")
+        views = {field.name: getattr(self._sums, field.name)[pool : pool + 1, ..., neurons] for field in fields(_Sums)}
+        return Moments.from_state(views)
 
     def state(self) -> dict[str, Tensor]:
         """Return all there is to it, in tensors that can be saved or sent; none if nothing was added."""

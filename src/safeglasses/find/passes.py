@@ -16,8 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.pools import MEANS, Pool, Window
-from safeglasses.model.hooks import tap
-from safeglasses.model.sites import Site
+from safeglasses.find.routed import Span
+from safeglasses.model.experts import Experts
+from safeglasses.model.hooks import tap, tap_routed
+from safeglasses.model.routing import Routing, by_module, check_reachable
+from safeglasses.model.sites import Side, Site
 from safeglasses.model.vlm import VLM, Batch, batches
 
 log = logging.getLogger(__name__)
@@ -48,16 +51,17 @@ class Watch:
         """Choose the dtype for a model; sites named twice count once.
 
         Raises:
-            SafeglassesError: a site belongs to an expert, which sees other tokens than its neighbours.
+            SafeglassesError: a site belongs to experts that cannot be read.
         """
-        expert = next((site for site in sites if site.expert is not None), None)
+        expert = next((s for s in sites if s.expert is not None and vlm.anatomy.expert(s) is None), None)
         if expert is not None:
             raise SafeglassesError(
-                "neurons of experts cannot be captured yet",
-                given=f"{expert}, which sees only the tokens that a router sends there",
-                expected="sites that every token passes",
-                do='leave experts out: sites="linears" does, on a model with fused experts',
+                "neurons of experts that are modules of their own cannot be captured",
+                given=f"{expert}: such a module does not say which tokens it was sent",
+                expected="sites that every token passes, or fused experts",
+                do="leave the site out",
             )
+        check_reachable(vlm.anatomy, sites)
         dtype = torch.float32 if any(pool.how in MEANS for pool in pools) else vlm.dtype
         return cls(tuple(dict.fromkeys(sites)), tuple(pools), dtype)
 
@@ -169,10 +173,19 @@ class _SeenAllError(Exception):
     """Leaves a forward pass behind the last site."""
 
 
+def _not_per_token(site: Site, seen: str, samples: int, tokens: int) -> SafeglassesError:
+    return SafeglassesError(
+        "this site does not hold one vector per token",
+        given=f"{site}, {seen} in one pass",
+        expected=f"{samples} examples × {tokens} tokens, once",
+        do="leave the site out (cross-attention sees other tokens)",
+    )
+
+
 def pooled_pass(
     vlm: VLM, batch: Batch, windows: Sequence[Window], watch: Watch, *, whole: bool = True
 ) -> Float[Tensor, "pool neuron sample"]:
-    """Run the model once and pool at every site, where the values lie.
+    """Run the model once and pool at every site, where the values lie; NaN where no token reached an expert.
 
     Args:
         vlm: the model.
@@ -182,7 +195,7 @@ def pooled_pass(
         whole: run to the model's end, and find out whether a site is reached twice.
 
     Raises:
-        SafeglassesError: a site is not reached, or does not hold one vector per token.
+        SafeglassesError: a site is not reached, or does not hold one vector per token; an expert's value is NaN.
     """
     samples, tokens = batch.inputs["input_ids"].shape
     found: dict[Site, Tensor] = {}
@@ -191,12 +204,7 @@ def pooled_pass(
     def pool(site: Site, value: Tensor) -> None:
         if site in found or value.numel() != samples * tokens * value.shape[-1]:
             seen = "reached twice" if site in found else f"of shape {tuple(value.shape)}"
-            raise SafeglassesError(
-                "this site does not hold one vector per token",
-                given=f"{site}, {seen} in one pass",
-                expected=f"{samples} examples × {tokens} tokens, once",
-                do="leave the site out (experts and cross-attention see other tokens)",
-            )
+            raise _not_per_token(site, seen, samples, tokens)
         if value.device not in local:
             local[value.device] = [window.to(value.device) for window in windows]
         rows = value.reshape(samples, tokens, -1)
@@ -205,8 +213,34 @@ def pooled_pass(
         if not whole and len(found) == len(watch.sites):
             raise _SeenAllError
 
-    with torch.no_grad(), suppress(_SeenAllError), tap(vlm.model, vlm.anatomy, watch.sites, pool):
+    fused = by_module(vlm.anatomy, watch.sites)
+    spans: dict[torch.device, list[Span]] = {}
+
+    def pool_experts(experts: Experts, side: Side, routing: Routing, value: Tensor) -> None:
+        numbers, device = fused[experts.path, side], value.device
+        if any(site in found for site in numbers.values()):
+            raise _not_per_token(next(iter(numbers.values())), "reached twice", samples, tokens)
+        if device not in spans:
+            spans[device] = [Span.of(window, samples, tokens, device) for window in windows]
+        pooled = [span.reduce(value, routing, experts, side).to(watch.dtype) for span in spans[device]]
+        every = torch.stack(pooled).to(vlm.device)  # [pool, expert, sample, neuron]
+        found.update({site: every[:, number] for number, site in numbers.items()})
+        if not whole and len(found) == len(watch.sites):
+            raise _SeenAllError
+
+    experts: list[tuple[Experts, Side]] = [(vlm.anatomy.experts[path], side) for path, side in fused]
+    linear = [site for site in watch.sites if vlm.anatomy.expert(site) is None]
+    with (
+        torch.no_grad(),
+        suppress(_SeenAllError),
+        tap(vlm.model, vlm.anatomy, linear, pool),
+        tap_routed(vlm.model, vlm.anatomy, experts, pool_experts, tokens=samples * tokens),
+    ):
         vlm.forward(batch, logits_from=tokens - 1)  # the fewest logits that can be asked for
+    for site in watch.sites:
+        if site not in found and vlm.anatomy.expert(site) is not None:  # no token was sent to any of its module
+            nothing = torch.full((len(windows), samples, vlm.anatomy.width(site)), torch.nan, dtype=watch.dtype)
+            found[site] = nothing.to(vlm.device)
     missing = [str(site) for site in watch.sites if site not in found]
     if missing:
         raise SafeglassesError(

@@ -94,6 +94,16 @@ class Window:
         last = (span * torch.arange(span.shape[1], device=span.device)).amax(dim=1)
         return cls(pool.how, tuple(_parts(span)), count, last)
 
+    def mask(self, samples: int, tokens: int) -> Bool[Tensor, "sample token"]:
+        """Return which tokens count: those of the span, or the last one of each row's."""
+        found = torch.zeros(samples, tokens, dtype=torch.bool, device=self.last.device)
+        if self.how == "last":
+            found[torch.arange(samples, device=self.last.device), self.last] = True
+            return found
+        for run, outside in self.parts:
+            found[:, run] = True if outside is None else ~outside[..., 0]
+        return found
+
     def to(self, device: torch.device) -> "Window":
         """Return the window on a device."""
         parts = tuple((run, None if outside is None else outside.to(device)) for run, outside in self.parts)

@@ -27,9 +27,9 @@ class Selection:
 
     @classmethod
     def above(cls, evidence: Evidence, pool: Pool, threshold: float) -> "Selection":
-        """Neurons whose AUROC exceeds a threshold."""
-        row = evidence.row(pool)
-        return cls({site: values[row] > threshold for site, values in evidence.auroc.items()})
+        """Neurons whose AUROC exceeds a threshold; those of experts that met too few samples are left out."""
+        row, rated = evidence.row(pool), evidence.rated(pool)
+        return cls({site: (values[row] > threshold) & rated[site] for site, values in evidence.auroc.items()})
 
     @classmethod
     def fdr(cls, evidence: Evidence, pool: Pool, q: float = 0.05, *, held_out: bool = True) -> "Selection":
@@ -44,8 +44,8 @@ class Selection:
         Raises:
             SafeglassesError: held-out values are asked for and there are none.
         """
-        row, values = evidence.row(pool), evidence.q_values(pool)
-        masks = {site: values[site] <= q for site in values}
+        row, values, rated = evidence.row(pool), evidence.q_values(pool), evidence.rated(pool)
+        masks = {site: (values[site] <= q) & rated[site] for site in values}
         if held_out:
             if evidence.held_out is None:
                 raise SafeglassesError(
@@ -59,13 +59,15 @@ class Selection:
     def top(cls, evidence: Evidence, pool: Pool, k: int) -> "Selection":
         """The k neurons with the highest AUROC, exactly k whatever the ties: earlier sites and indices first.
 
+        Neurons of experts that met too few samples are left out.
+
         Raises:
             SafeglassesError: there are fewer than k neurons.
         """
-        row = evidence.row(pool)
-        scores = torch.cat([values[row] for values in evidence.auroc.values()])
-        if not 0 <= k <= len(scores):
-            raise SafeglassesError("no such number of neurons", given=f"k={k}", expected=f"0 to {len(scores)}")
+        row, rated = evidence.row(pool), torch.cat(list(evidence.rated(pool).values()))
+        scores = torch.cat([values[row] for values in evidence.auroc.values()]).masked_fill(~rated, -1)
+        if not 0 <= k <= int(rated.sum()):
+            raise SafeglassesError("no such number of neurons", given=f"k={k}", expected=f"0 to {int(rated.sum())}")
         chosen = torch.zeros(len(scores), dtype=torch.bool)
         chosen[torch.sort(scores, descending=True, stable=True).indices[:k]] = True
         widths = [values.shape[1] for values in evidence.auroc.values()]

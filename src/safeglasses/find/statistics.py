@@ -24,8 +24,10 @@ _BLOCK = 2**22
 """Values that are compared at once."""
 
 
-def standard_error(auroc: Float[Tensor, "*shape"], n_pos: int, n_neg: int) -> Float[Tensor, "*shape"]:
-    """Return the standard error of AUROCs.
+def standard_error(
+    auroc: Float[Tensor, "*shape"], n_pos: int | Float[Tensor, "*shape"], n_neg: int | Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Return the standard error of AUROCs; counts may differ between them.
 
     Source: Hanley and McNeil 1982, equation 1 with Q1 = A/(2 − A), Q2 = 2A²/(1 + A) (exponential model).
     """
@@ -84,13 +86,16 @@ def upper_tail(z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.special.erfc(z.double() / math.sqrt(2)) / 2
 
 
-def p_values(auroc: Float[Tensor, "*shape"], n_pos: int, n_neg: int) -> Float[Tensor, "*shape"]:
-    """Return one-sided p-values of AUROC > 0.5.
+def p_values(
+    auroc: Float[Tensor, "*shape"], n_pos: int | Float[Tensor, "*shape"], n_neg: int | Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Return one-sided p-values of AUROC > 0.5; counts may differ between neurons.
 
     Mann and Whitney's normal approximation without continuity correction. Without tie correction too, which
     an AUROC alone does not allow: ties make the true variance smaller, so the p-values err on the safe side.
     """
-    return upper_tail((auroc.double() - 0.5) / null_sd(n_pos, n_neg))
+    sd = ((n_pos + n_neg + 1) / (12 * n_pos * n_neg)) ** 0.5  # as `null_sd`
+    return upper_tail((auroc.double() - 0.5) / sd)
 
 
 def benjamini_hochberg(p: Float[Tensor, " hypothesis"]) -> Float[Tensor, " hypothesis"]:

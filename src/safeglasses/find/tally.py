@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,6 +16,7 @@ from safeglasses.find.edges import Edges
 from safeglasses.find.histogram import Histogram
 from safeglasses.find.moments import Moments
 from safeglasses.find.passes import LENGTHS
+from safeglasses.find.routed import add_parts
 from safeglasses.find.statistic import Columns, Samples
 from safeglasses.find.world import World
 
@@ -30,8 +31,8 @@ class Tally:
     that are no more are read, and added at the end: rewriting them could count a shard twice if killed.
     """
 
-    def __init__(self, path: Path | None, world: World, samples: int) -> None:
-        self.path, self.world = path, world
+    def __init__(self, path: Path | None, world: World, samples: int, gaps: Bool[Tensor, " neuron"] | None) -> None:
+        self.path, self.world, self.gaps = path, world, gaps
         self.histogram: Histogram | None = None
         self.moments: Moments | None = None
         self.lengths: Int[Tensor, "length sample"] = torch.zeros(len(LENGTHS), samples, dtype=torch.int64)
@@ -40,20 +41,28 @@ class Tally:
         self._saved, self._cost = time.monotonic(), 0.0
 
     @classmethod
-    def load(cls, folder: Path | None, world: World, samples: int) -> "Tally":
+    def load(
+        cls, folder: Path | None, world: World, samples: int, gaps: Bool[Tensor, " neuron"] | None = None
+    ) -> "Tally":
         """Read what an earlier run has counted, as far as this process can see and is responsible for it.
+
+        Args:
+            folder: where the files are.
+            world: the processes of the job.
+            samples: how many there are in all.
+            gaps: neurons that a sample may lack (experts).
 
         Raises:
             SafeglassesError: a file cannot be read.
         """
-        own = cls(folder / f"counts-{world.rank:05}.safetensors" if folder is not None else None, world, samples)
+        own = cls(folder / f"counts-{world.rank:05}.safetensors" if folder is not None else None, world, samples, gaps)
         if own.path is None or folder is None:
             return own
         for path in sorted(folder.glob("counts-*.safetensors")):
             rank = int(path.stem.removeprefix("counts-"))
             if rank % world.size != world.rank:
                 continue
-            tally = own if path == own.path else cls(path, world, samples)
+            tally = own if path == own.path else cls(path, world, samples, gaps)
             tally._read(path)
             if tally is not own:
                 own.others.append(tally)
@@ -66,6 +75,8 @@ class Tally:
         """Set the bins, unless that was done."""
         if self.histogram is None:
             self.histogram, self.moments = Histogram(edges), Moments() if moments else None
+            if self.gaps is not None and self.moments is not None:
+                self.moments = Moments.each(*edges.keys.shape[:2])
 
     def add(
         self,
@@ -77,7 +88,9 @@ class Tally:
     ) -> None:
         """Count a shard."""
         for statistic in (self.histogram, self.moments):
-            if statistic is not None:
+            if statistic is not None and self.gaps is not None:
+                add_parts(statistic, values, samples, self.gaps)
+            elif statistic is not None:
                 statistic.add(values, samples)
         self.lengths[:, rows] = lengths
         self.shards.add(index)
@@ -142,6 +155,8 @@ class Tally:
     def finish(self) -> Columns:
         """Return the statistics."""
         columns = dict(self.histogram.finish()) if self.histogram is not None else {}
+        if self.gaps is not None and self.histogram is not None:
+            columns |= self.histogram.counted()
         return columns | (dict(self.moments.finish()) if self.moments is not None else {})
 
     def _read(self, path: Path) -> None:

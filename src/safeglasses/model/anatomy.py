@@ -203,7 +203,7 @@ class Anatomy:
         fused = [path for path in missing if self.expert(Site(path, "in")) is not None]
         if fused:
             raise PartialMatch(
-                "fused experts are no modules: they can be neither read nor scaled yet",
+                "fused experts are no modules: this works on linear maps alone",
                 given=f"{', '.join(fused[:3])}{' …' if len(fused) > 3 else ''}: slices of 3-D parameters",
                 expected="linear maps",
                 do='use sites="linears", which leaves fused experts out',

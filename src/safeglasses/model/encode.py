@@ -15,7 +15,9 @@ from safeglasses.errors import SafeglassesError
 from safeglasses.model.chat import Batch, Chat
 
 Side = Literal["right", "left"]
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""Inputs that say what kind of token each is; 0 is text. Ernie routes by the last."""
+_PER_TOKEN = ("input_ids", "attention_mask", *TYPES, "cross_attention_mask")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
-"""Read and scale the values at sites during a forward pass; outside the ``with`` block nothing is left."""
+"""Read and scale the values at sites during a forward pass; outside the ``with`` block nothing is left.
+
+At a linear map a value is ``[..., neuron]``, all tokens in their places. At one of fused experts it is
+``[token, neuron]``: the tokens that were sent there, in their order; if there are none, nobody is called.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy, module
-from safeglasses.model.sites import Site
+from safeglasses.model.experts import Experts
+from safeglasses.model.routing import Routing, by_module, check_reachable, tokens_of, visited
+from safeglasses.model.routing import Visit as RoutedVisit
+from safeglasses.model.sites import Side, Site
 
 Visit = Callable[[Tensor], Tensor | None]
 
@@ -28,11 +36,65 @@ def tap(
     Raises:
         PartialMatch: a site's module is missing (nothing is registered then).
     """
-    wanted = tuple(dict.fromkeys(sites))
-    anatomy.require_linear(wanted)
+    linear, fused = _checked(anatomy, dict.fromkeys(sites))
     with ExitStack() as hooks:
-        for site in wanted:
+        for site in linear:
             _attach(hooks, model, anatomy, site, _reader(site, callback))
+        for (path, side), numbers in fused.items():
+
+            def read(routing: Routing, value: Tensor, numbers: Mapping[int, Site] = numbers) -> None:
+                for expert, rows in routing.slices:
+                    if expert in numbers:
+                        callback(numbers[expert], value[rows])
+
+            hooks.enter_context(visited(model, anatomy, [(anatomy.experts[path], side, read)]))
+        yield
+
+
+@contextmanager
+def tap_routed(
+    model: nn.Module,
+    anatomy: Anatomy,
+    wanted: Iterable[tuple[Experts, Side]],
+    callback: Callable[[Experts, Side, Routing, Tensor], None],
+    *,
+    tokens: int,
+) -> Iterator[None]:
+    """Call back with the values of all experts of a module at once (``[row, neuron]``), and say whose they are.
+
+    Args:
+        model: the model.
+        anatomy: its anatomy.
+        wanted: modules of fused experts, and which of their sides.
+        callback: gets these, the routing, whose ``row`` counts tokens of the whole batch, and the values.
+        tokens: tokens of a batch, padding included.
+
+    Raises:
+        SafeglassesError: some experts cannot be read (nothing is registered then).
+    """
+    with ExitStack() as hooks:
+        for experts, side in wanted:
+            given: dict[str, Tensor] = {}
+
+            def read(
+                routing: Routing, value: Tensor, experts: Experts = experts, side: Side = side, given: Any = given
+            ) -> None:
+                placed = replace(routing, row=tokens_of(routing, given.pop("whole", None), tokens))
+                callback(experts, side, placed, value)
+
+            hooks.enter_context(visited(model, anatomy, [(experts, side, read)]))
+            for path in _inside_layer(anatomy, experts):
+
+                def keep(
+                    _module: nn.Module, args: Any, kwargs: Any, experts: Any = experts, given: Any = given
+                ) -> None:
+                    for value in (*args, *kwargs.values()):
+                        if isinstance(value, Tensor) and value.shape[-1:] == (experts.hidden,):
+                            rows = value.reshape(-1, experts.hidden)
+                            given.update({"whole": rows} if len(rows) == tokens else {})
+
+                block = model.get_submodule(anatomy.absolute_path(path))
+                hooks.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
         yield
 
 
@@ -46,7 +108,7 @@ def scaled(model: nn.Module, anatomy: Anatomy, factors: Mapping[Site, Float[Tens
         PartialMatch: a site's module is missing (nothing is registered then).
         SafeglassesError: a site's factors have the wrong length (nothing is registered then).
     """
-    anatomy.require_linear(factors)
+    linear, fused = _checked(anatomy, factors)
     for site, factor in factors.items():
         width = anatomy.width(site)
         if factor.shape != (width,):
@@ -57,8 +119,12 @@ def scaled(model: nn.Module, anatomy: Anatomy, factors: Mapping[Site, Float[Tens
                 do="use factors made for this model",
             )
     with ExitStack() as hooks:
-        for site, factor in factors.items():
-            _attach(hooks, model, anatomy, site, _scaler(factor))
+        for site in linear:
+            _attach(hooks, model, anatomy, site, _scaler(factors[site]))
+        for (path, side), numbers in fused.items():
+            experts = anatomy.experts[path]
+            scale = _routed_scaler(experts, side, {n: factors[site] for n, site in numbers.items()})
+            hooks.enter_context(visited(model, anatomy, [(experts, side, scale)]))
         yield
 
 
@@ -69,11 +135,34 @@ def replaced(model: nn.Module, anatomy: Anatomy, visits: Mapping[Site, Callable[
     Raises:
         PartialMatch: a site's module is missing (nothing is registered then).
     """
-    anatomy.require_linear(visits)
+    linear, fused = _checked(anatomy, visits)
     with ExitStack() as hooks:
-        for site, visit in visits.items():
-            _attach(hooks, model, anatomy, site, visit)
+        for site in linear:
+            _attach(hooks, model, anatomy, site, visits[site])
+        for (path, side), numbers in fused.items():
+            put = _routed_replacer({n: visits[site] for n, site in numbers.items()})
+            hooks.enter_context(visited(model, anatomy, [(anatomy.experts[path], side, put)]))
         yield
+
+
+def _checked(
+    anatomy: Anatomy, sites: Iterable[Site]
+) -> tuple[list[Site], Mapping[tuple[str, Side], Mapping[int, Site]]]:
+    """Check that all sites are there and can be hooked; sort them into linear maps and fused experts."""
+    wanted = list(sites)
+    linear = [site for site in wanted if anatomy.expert(site) is None]
+    anatomy.require(*(site.path for site in linear))
+    for site in wanted:
+        anatomy.width(site)
+    check_reachable(anatomy, wanted)
+    return linear, by_module(anatomy, wanted)
+
+
+def _inside_layer(anatomy: Anatomy, experts: Experts) -> list[str]:
+    """Return the paths of the modules around fused experts, inside their layer, outermost first."""
+    start = len(anatomy.layers_path.split(".")) + 2
+    parts = experts.path.split(".")
+    return [".".join(parts[:stop]) for stop in range(start, len(parts))]
 
 
 def _reader(site: Site, callback: Callable[[Site, Tensor], None]) -> Visit:
@@ -95,6 +184,34 @@ def _scaler(factor: Tensor) -> Visit:
         return value * cast[key]
 
     return scale
+
+
+def _routed_scaler(experts: Experts, side: Side, factors: Mapping[int, Tensor]) -> RoutedVisit:
+    kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def table(value: Tensor) -> Tensor:
+        ones = value.new_ones(experts.size(side))
+        return torch.stack(
+            [factors[n].to(value.device, value.dtype) if n in factors else ones for n in range(experts.n_experts)]
+        )
+
+    def scale(routing: Routing, value: Tensor) -> Tensor:
+        if any(factor.requires_grad for factor in factors.values()):
+            return value * table(value)[routing.expert]
+        key = (value.device, value.dtype)
+        if key not in kept:
+            kept[key] = table(value)
+        return value * kept[key][routing.expert]
+
+    return scale
+
+
+def _routed_replacer(visits: Mapping[int, Callable[[Tensor], Tensor]]) -> RoutedVisit:
+    def put(routing: Routing, value: Tensor) -> Tensor | None:
+        parts = [visits[n](value[rows]) if n in visits else value[rows] for n, rows in routing.slices]
+        return torch.cat(parts) if parts else None
+
+    return put
 
 
 def _attach(hooks: ExitStack, model: nn.Module, anatomy: Anatomy, site: Site, visit: Visit) -> None:

@@ -66,6 +66,13 @@ class Site:
         return int(match["number"]) if match else None
 
     @property
+    def fused(self) -> bool:
+        """Whether the address is of one of fused experts, not of a map inside an expert that is a module."""
+        inner = self._inside_layer()
+        match = _EXPERT.search(inner)
+        return match is not None and match.end() == len(inner)
+
+    @property
     def kind(self) -> str:
         """The address without its layer and expert: ``mlp.down_proj:in``; one row of the report's heat map."""
         return f"{_EXPERT.sub(_without_number, self._inside_layer(), count=1)}:{self.side}"

@@ -51,9 +51,10 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
     tied = _tied(model, anatomy)
     if anatomy.experts:
         routed = "fused experts are slices of 3-D parameters, which no module computes alone"
-        limits = {
-            "capture": "fused experts are not read yet",
-            "wear": "fused experts are not scaled yet",
+        own = "experts that do not compute through transformers' experts interface cannot be entered"
+        entered = all(experts.dispatched for experts in anatomy.experts.values())
+        limits = {} if entered else {"capture": own, "wear": own}
+        limits |= {
             "fold": "factors are not multiplied into 3-D parameters yet",
             "IA3": routed,
             "LoRA": routed,
