@@ -70,7 +70,7 @@ def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite
             "an IA3 adapter cannot carry factors of fused experts: they are slices of parameters, not modules",
             given=str(expert),
             expected="factors of linear maps",
-            do="wear these glasses in Python, or use a recipe with sites = linears",
+            do="fold these glasses in Python: glasses.fold(vlm), or take a recipe with sites = linears",
         )
     adapter, moves = one_side(effective(contents.factors, contents.strength), vlm, contents.moves)
     check_names(vlm.model if vlm is not None else None, adapter, home)

@@ -1,5 +1,7 @@
 """Scale rows and columns of weights: the arithmetic of folding and what must hold before it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -8,11 +10,13 @@ from safeglasses.defend.factors import Factors, changed, in_order
 from safeglasses.defend.home import check_fit
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy, module
-from safeglasses.model.sites import Site
+from safeglasses.model.routing import by_module, check_reachable
+from safeglasses.model.sites import Side, Site
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Steps = tuple[tuple[int, Tensor], ...]
-"""Axes of a weight and the factors along them, in the order in which they are multiplied."""
+"""Axes of a weight and the factors along them, in the order in which they are multiplied; of fused experts factors
+have as many axes as the weight, the first being the experts."""
 
 
 def scale_weights(model: nn.Module, anatomy: Anatomy, factors: Factors) -> None:
@@ -27,22 +31,67 @@ def scale_weights(model: nn.Module, anatomy: Anatomy, factors: Factors) -> None:
     """
     check_fit(anatomy, factors)
     acting = changed(factors)
-    paths = list(dict.fromkeys(site.path for site in in_order(acting)))
-    check_foldable(model, anatomy, paths)
+    paths = list(dict.fromkeys(site.path for site in in_order(acting) if anatomy.expert(site) is None))
+    fused = expert_steps(anatomy, acting)
+    check_foldable(model, anatomy, paths, list(fused))
     with torch.no_grad():
+        for name, steps in fused.items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(multiplied(parameter, steps))
         for path in paths:
             _scale(module(model, anatomy, path), acting.get(Site(path, "out")), acting.get(Site(path, "in")))
 
 
-def check_foldable(model: nn.Module, anatomy: Anatomy, paths: list[str]) -> None:
-    """Refuse to change the weights of these maps where that would change something else, or nothing at all.
+def expert_steps(anatomy: Anatomy, factors: Factors) -> dict[str, Steps]:
+    """Return how the parameters of fused experts are multiplied, by their names in the model.
+
+    Neurons are columns of the down projection, outputs its rows, halves rows of what makes the neurons: all exact.
+
+    Raises:
+        SafeglassesError: some experts compute in a way of their own, so what their weights do is not known.
+    """
+    check_reachable(anatomy, factors)
+    found: dict[str, Steps] = {}
+    halves: dict[str, dict[Side, Tensor]] = {}
+    for (path, side), numbers in by_module(anatomy, in_order(factors)).items():
+        experts, name = anatomy.experts[path], anatomy.absolute_path(path)
+        table = torch.ones(experts.n_experts, experts.size(side))
+        for number, site in numbers.items():
+            table[number] = factors[site]
+        if side in ("gate", "up"):
+            halves.setdefault(path, {})[side] = table
+            continue
+        axis = (side == "in") != experts.transposed  # whether factors lie along the weight's last axis
+        down = f"{name}.{experts.down}"
+        found[down] = (*found.get(down, ()), (0, table[:, None, :] if axis else table[:, :, None]))
+        if side == "out" and experts.biased:
+            found[f"{down}_bias"] = ((0, table),)
+    for path, tables in halves.items():
+        experts, name = anatomy.experts[path], anatomy.absolute_path(path)
+        ones = torch.ones(experts.n_experts, experts.width)
+        table = tables.get("up", ones)
+        if experts.gated:
+            pair = [tables.get("gate", ones), table]
+            table = torch.stack(pair, dim=2).flatten(1) if experts.interleaved else torch.cat(pair, dim=1)
+        maker = f"{name}.{experts.makers[0]}"
+        found[maker] = ((0, table[:, None, :] if experts.transposed else table[:, :, None]),)
+        if experts.biased:
+            found[f"{maker}_bias"] = ((0, table),)
+    return found
+
+
+def check_foldable(model: nn.Module, anatomy: Anatomy, paths: list[str], fused: Sequence[str] = ()) -> None:
+    """Refuse to change these maps and parameters where that would change something else, or nothing at all.
 
     Raises:
         SafeglassesError: a weight is quantised, shared, or not loaded.
     """
     for path in paths:
         _check_plain(anatomy.absolute_path(path), module(model, anatomy, path))
-    _check_untied(model, [anatomy.absolute_path(path) for path in paths])
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in fused):
+        _check_plain(path, model.get_submodule(path))
+    names = [anatomy.absolute_path(path) for path in paths]
+    _check_untied(model, {*fused, *(f"{name}.{leaf}" for name in names for leaf in ("weight", "bias"))})
 
 
 def steps_for(linear: nn.Module, out: Tensor | None, into: Tensor | None) -> Steps:
@@ -57,7 +106,8 @@ def multiplied(weight: Tensor, steps: Steps) -> Tensor:
     kind = torch.promote_types(weight.dtype, torch.float32)
     product = weight.detach().to(kind, copy=True)
     for axis, factors in steps:
-        product *= factors.to(weight.device, kind).reshape([-1 if a == axis else 1 for a in range(product.ndim)])
+        row = factors.to(weight.device, kind)
+        product *= row.reshape([-1 if a == axis else 1 for a in range(product.ndim)]) if row.ndim == 1 else row
     return product.to(weight.dtype)
 
 
@@ -99,9 +149,8 @@ def _check_plain(name: str, linear: nn.Module) -> None:
             )
 
 
-def _check_untied(model: nn.Module, names: list[str]) -> None:
+def _check_untied(model: nn.Module, wanted: set[str]) -> None:
     """Refuse weights whose memory another parameter or buffer uses as well: scaling one would scale both."""
-    wanted = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
     spans = []
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from safeglasses.defend.factors import Factors, changed, in_order
 from safeglasses.defend.home import check_fit, check_widths
-from safeglasses.defend.weights import PLAIN, Steps, multiplied, shared, steps_for
+from safeglasses.defend.weights import PLAIN, Steps, expert_steps, multiplied, shared, steps_for
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import module
 from safeglasses.model.sites import Site
@@ -140,7 +140,8 @@ def plain_changes(
 def _scalings(checkpoint: Checkpoint, acting: Factors, added: Mapping[str, Added]) -> dict[str, Scaling]:
     """Return what happens to each weight and bias, by name in memory."""
     found = {}
-    for path in dict.fromkeys([*(site.path for site in in_order(acting)), *added]):
+    linear = [site.path for site in in_order(acting) if checkpoint.anatomy.expert(site) is None]
+    for path in dict.fromkeys([*linear, *added]):
         out, into = acting.get(Site(path, "out")), acting.get(Site(path, "in"))
         linear = module(checkpoint.model, checkpoint.anatomy, path)
         name = checkpoint.anatomy.absolute_path(path)
@@ -148,7 +149,7 @@ def _scalings(checkpoint: Checkpoint, acting: Factors, added: Mapping[str, Added
         found[f"{name}.weight"] = Scaling(steps, added.get(path), isinstance(linear, Conv1D))
         if out is not None and "bias" in dict(linear.named_parameters(recurse=False)):
             found[f"{name}.bias"] = Scaling(((0, out),))
-    return found
+    return found | {name: Scaling(steps) for name, steps in expert_steps(checkpoint.anatomy, acting).items()}
 
 
 def _regrouped(checkpoint: Checkpoint, conversion: Conversion, scalings: Mapping[str, Scaling]) -> list[Change]:

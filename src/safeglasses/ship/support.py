@@ -53,9 +53,8 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
         routed = "fused experts are slices of 3-D parameters, which no module computes alone"
         own = "experts that do not compute through transformers' experts interface cannot be entered"
         entered = all(experts.dispatched for experts in anatomy.experts.values())
-        limits = {} if entered else {"capture": own, "wear": own}
+        limits = {} if entered else {"capture": own, "wear": own, "fold": own}
         limits |= {
-            "fold": "factors are not multiplied into 3-D parameters yet",
             "IA3": routed,
             "LoRA": routed,
         }
