@@ -16,6 +16,7 @@ from safeglasses.defend.glasses import Glasses
 from safeglasses.find.contrast import COLUMNS, FILE, Contrast
 from safeglasses.find.overlap import atlas_of
 from safeglasses.find.rules import Rule
+from safeglasses.model.overview import overview
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM, load
 
@@ -54,7 +55,7 @@ def test_inspect(tiny: Path, tiny_vlm: VLM, data: Path, capsys: pytest.CaptureFi
     assert record["base_fingerprint"] == tiny_vlm.fingerprint()
     assert record["parameters"] == tiny_vlm.model.num_parameters()
     assert record["addresses"] == "layers.LAYER.KIND:out#INDEX"
-    assert record["anatomy"] == tiny_vlm.anatomy.table()
+    assert record["anatomy"] == overview(tiny_vlm.anatomy)
     assert record["pairs"] == {
         "rows": 210,
         "skipped": [],
@@ -197,9 +198,12 @@ def test_fit_passes_everything_on(
         "dtype": "float32",
         "device_map": "cpu",
         "revision": "main",
+        "category": "hate,threats",
+        "harm": "2%",
+        "under": "self-reminder",
     }
     options = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
-    flags = ["--skip-bad", "--overwrite"]
+    flags = ["--skip-bad", "--overwrite", "--front"]
     record = record_of(capsys, "fit", "MODEL", "--pairs", tmp_path / "pairs.jsonl", *options, *flags)
     assert record == {
         "folder": str(tmp_path),
@@ -215,6 +219,7 @@ def test_fit_passes_everything_on(
         "judge": ["lexicon:w.txt"],
         "skip_bad": True,
         "overwrite": True,
+        "front": True,
     }
 
 

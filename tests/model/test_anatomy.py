@@ -12,6 +12,7 @@ from safeglasses.model.anatomy import anatomy, module
 from safeglasses.model.blocks import Block
 from safeglasses.model.chat import Chat
 from safeglasses.model.experts import Experts
+from safeglasses.model.hooks import tap
 from safeglasses.model.overview import overview
 from safeglasses.model.sites import SIDES, Site
 from safeglasses.model.vlm import VLM

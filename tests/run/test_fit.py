@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import families
 from other_world import World
 from safeglasses.cli import execute
 from safeglasses.errors import SafeglassesError
@@ -146,6 +147,19 @@ def test_a_missing_recipe_names_those_that_exist(world: World, tmp_path: Path) -
     with pytest.raises(SafeglassesError, match="no such recipe") as error:
         fit(world.model, world.pairs, judge=f"lexicon:{world.words}", out=tmp_path / "run", recipe="nope")
     assert "sgm-calibrated" in error.value.expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_glasses_that_could_not_be_saved_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    model = families.build("qwen3_vl_moe", tmp_path / "model")
+    with pytest.raises(SafeglassesError) as caught:
+        fit(model, recipe="aura", out=tmp_path / "run")
+    assert str(caught.value) == (
+        "glasses on fused experts cannot be saved yet\n"
+        "  given:    recipe aura, sites = mlp: layers.0.mlp.experts.0:gate\n"
+        "  expected: a recipe with sites = linears\n"
+        "  do:       take such a recipe (sgm-calibrated, sgm); or find, wear and fold neurons of experts in Python"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from safeglasses.files import atomic_write_text, write_json
 from safeglasses.measure.contrasts import calibration_data
 from safeglasses.measure.judges import judge_from, refusal_judge
 from safeglasses.measure.panel import panel_from
-from safeglasses.model.vlm import load
+from safeglasses.model.vlm import VLM, load
 from safeglasses.progress import Progress, Quiet
 from safeglasses.report.html import write_report
 from safeglasses.report.stored import store
@@ -125,6 +125,7 @@ def fit(
     judges = panel_from(judge), refusal_judge() if refusals is None else judge_from(refusals)
     with show.stage("load"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
+    _check_kept(vlm, chosen)
     with show.stage("read and check the data"):
         data = read_inputs(vlm, pairs, prompts, *judges, limit=limit, skip_bad=skip_bad, categories=wanted.categories)
         if chosen.rule == "calibrated":
@@ -198,3 +199,15 @@ def _batch_size(value: int | str) -> int | str:
 
 
 __all__ = ["FitResult", "fit"]
+
+
+def _check_kept(vlm: VLM, recipe: Recipe) -> None:
+    """Say before anything is captured that glasses on these neurons could not be saved."""
+    fused = next((site for site in vlm.anatomy.sites(recipe.sites) if site.fused), None)
+    if fused is not None:
+        raise SafeglassesError(
+            "glasses on fused experts cannot be saved yet",
+            given=f"recipe {recipe.name}, sites = {recipe.sites}: {fused}",
+            expected="a recipe with sites = linears",
+            do="take such a recipe (sgm-calibrated, sgm); or find, wear and fold neurons of experts in Python",
+        )
