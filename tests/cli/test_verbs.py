@@ -201,9 +201,10 @@ def test_fit_passes_everything_on(
         "category": "hate,threats",
         "harm": "2%",
         "under": "self-reminder",
+        "sites": "heads",
     }
     options = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
-    flags = ["--skip-bad", "--overwrite", "--front"]
+    flags = ["--skip-bad", "--overwrite", "--front", "--by-head"]
     record = record_of(capsys, "fit", "MODEL", "--pairs", tmp_path / "pairs.jsonl", *options, *flags)
     assert record == {
         "folder": str(tmp_path),
@@ -220,6 +221,7 @@ def test_fit_passes_everything_on(
         "skip_bad": True,
         "overwrite": True,
         "front": True,
+        "by_head": True,
     }
 
 

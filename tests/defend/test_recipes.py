@@ -455,7 +455,7 @@ def test_a_short_recipe_file(tmp_path):
 
 SHORT = 'sites = "mlp"\npools = ["response:max"]\nrule = "gini"\n'
 EXPECTED = "name, doc, sites, pools, rule, threshold, fdr, top_k, constant, clamp, two_sided, granularity, confirmed"
-EXPECTED += ", by_category"
+EXPECTED += ", by_category, by_head"
 
 
 @pytest.mark.parametrize(
@@ -490,7 +490,10 @@ def test_unreadable_recipe_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("entry", "value", "words"),
-    [("sites", "attention", "mlp or linears"), ("rule", "aura", "gini or constant or calibrated")],
+    [
+        ("sites", "vision", "mlp or linears or neurons or attention or heads"),
+        ("rule", "aura", "gini or constant or calibrated"),
+    ],
 )
 def test_unknown_words_in_a_recipe_file(entry, value, words, tmp_path):
     known, path = {"sites": "mlp", "rule": "gini"}, tmp_path / "r.toml"

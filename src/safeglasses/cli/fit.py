@@ -29,6 +29,10 @@ def fit(
     recipe: Annotated[
         str, typer.Option(help="sgm-calibrated, sgm, sgm-early, aura, det0, damp, or a .toml file.")
     ] = "sgm-calibrated",
+    sites: options.OtherSites = None,
+    by_head: Annotated[
+        bool, typer.Option("--by-head", help="Turn the neurons of an attention head down together.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="named after the model")] = None,
     budget: options.Budget = None,
     harm: Annotated[
@@ -81,6 +85,8 @@ def fit(
             judge=judge,
             refusals=refusals,
             recipe=recipe,
+            sites=sites.value if sites is not None else None,
+            by_head=by_head,
             out=out,
             budget=budget,
             harm=harm,

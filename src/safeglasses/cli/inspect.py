@@ -184,6 +184,9 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
         table.add_row(row["kind"], *numbers, "yes" if row["mlp"] else "")
     console.print(table)
     console.print(f"addresses of their outputs: {record['addresses']}", markup=False)
+    if anatomy["heads"]:
+        shown = (f"{r['kind']} {r['heads']} × {r['width']} in {r['layers']} layers" for r in anatomy["heads"])
+        console.print(f"attention heads: {'; '.join(shown)}", markup=False)
     if anatomy["experts"]:
         _render_experts(console, anatomy)
     elif anatomy["ffn_reason"]:

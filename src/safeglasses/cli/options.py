@@ -15,6 +15,8 @@ class Where(StrEnum):
     LINEARS = "linears"
     MLP = "mlp"
     NEURONS = "neurons"
+    ATTENTION = "attention"
+    HEADS = "heads"
 
 
 class Part(StrEnum):
@@ -33,7 +35,11 @@ class Failing(StrEnum):
     OPEN = "open"
 
 
-Sites = Annotated[Where, typer.Option(help="Where to look: outputs of all linear maps, of the MLPs', or FFN neurons.")]
+_WHERE = "outputs of all linear maps, of the MLPs' or attention's; FFN neurons; what attention heads write"
+Sites = Annotated[Where, typer.Option(help=f"Where to look: {_WHERE}.")]
+OtherSites = Annotated[
+    Where | None, typer.Option("--sites", help=f"Where to look and act: {_WHERE}.", show_default="the recipe's")
+]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Budget = Annotated[

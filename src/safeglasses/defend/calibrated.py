@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safeglasses.defend.expertise import confirmed_by_held_out, experts, restrict, rows, table_columns
+from safeglasses.defend.factors import by_head
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.evidence import Evidence
@@ -51,6 +52,8 @@ class CalibratedRule:
     """Which strength row each site takes."""
     layer: Int[Tensor, " site"]
     """Which strength column each site takes."""
+    heads: Mapping[Site, int]
+    """Sites whose neurons share strength and expertise head by head, and their numbers of heads; usually none."""
     clamp: bool
     """Whether factors are held in [0, 1]."""
     pools: tuple[Pool, ...]
@@ -75,6 +78,7 @@ class CalibratedRule:
         granularity: Granularity = "group",
         confirmed: bool = False,
         categories: Mapping[str, Evidence] | None = None,
+        heads: Mapping[Site, int] | None = None,
     ) -> "CalibratedRule":
         """Work out the part that does not depend on the strengths.
 
@@ -91,6 +95,8 @@ class CalibratedRule:
                 of both |Gini|, and none where the two lie on different sides of chance.
             categories: evidence per category of harm, of the same sites; then there is a term per evidence and
                 category, and `evidence` itself selects nothing.
+            heads: sites of attention heads, and how many there are: all neurons of a head get the mean of what
+                they would get.
 
         Raises:
             SafeglassesError: a pool or a site that the evidence does not hold.
@@ -106,6 +112,8 @@ class CalibratedRule:
         gain = torch.cat(found, dim=1)
         if granularity == "neuron":
             gain = gain.amax(dim=1, keepdim=True)
+        heads = {site: number for site, number in (heads or {}).items() if site in set(chosen)}
+        gain = _averaged(gain, chosen, widths, heads)
         sides = ("", " below") if two_sided else ("",)
         kinds = tuple(dict.fromkeys(site.kind for site in chosen))
         layers = tuple(sorted({site.layer for site in chosen}))
@@ -120,6 +128,7 @@ class CalibratedRule:
             gain=gain,
             kind=torch.tensor([kinds.index(site.kind) for site in chosen]),
             layer=torch.tensor([layers.index(site.layer) for site in chosen]),
+            heads=heads,
             clamp=clamp,
             evidence=evidence,
         )
@@ -135,7 +144,11 @@ class CalibratedRule:
     def n_strengths(self) -> int:
         """How many strengths act on any neuron: the scalars that calibration learns."""
         if self.granularity == "neuron":
-            return self.n_experts
+            shared = {site: self.widths[i] // self.heads.get(site, self.widths[i]) for i, site in enumerate(self.sites)}
+            acting = (self.gain > 0).any(dim=1).sum(dim=1).tolist()
+            return sum(
+                n // shared[site] if site in self.heads else n for site, n in zip(self.sites, acting, strict=True)
+            )
         used = torch.zeros(self.shape, dtype=torch.bool)
         used[self.kind, self.layer] |= (self.gain > 0).any(dim=2)
         return int(used.sum())
@@ -168,7 +181,8 @@ class CalibratedRule:
             weighed = strengths.to(gain.dtype)[kind, layer]  # site × term
             alpha = 1 - torch.einsum("st,stn->sn", weighed, gain)
         alpha = alpha.clamp(0, 1) if self.clamp else alpha
-        return {s: row[:w] for s, row, w in zip(self.sites, alpha.unbind(), self.widths, strict=True)}
+        rows = {s: row[:w] for s, row, w in zip(self.sites, alpha.unbind(), self.widths, strict=True)}
+        return by_head(rows, self.heads) if self.heads else rows
 
     def table(self, strengths: Float[Tensor, "*group"]) -> dict[str, Any]:
         """Return the learned scalars with the names of their axes, JSON-ready; `strengths_from` reads it back.
@@ -235,6 +249,17 @@ class CalibratedRule:
         if device not in self._copies:
             self._copies[device] = (self.gain.to(device), self.kind.to(device), self.layer.to(device))
         return self._copies[device]
+
+
+def _averaged(
+    gain: Float[Tensor, "site term neuron"], sites: Sequence[Site], widths: Sequence[int], heads: Mapping[Site, int]
+) -> Float[Tensor, "site term neuron"]:
+    """Give all neurons of a head their mean gain."""
+    for i, (site, width) in enumerate(zip(sites, widths, strict=True)):
+        if site in heads:
+            means = gain[i, :, :width].unflatten(1, (heads[site], -1)).mean(dim=2)
+            gain[i, :, :width] = means.repeat_interleave(width // heads[site], dim=1)
+    return gain
 
 
 def _gains(

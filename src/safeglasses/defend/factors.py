@@ -24,6 +24,19 @@ def effective(factors: Factors, strength: float | int) -> dict[Site, Float[Tenso
     return {site: (1 - strength * (1 - row.double())).float() for site, row in factors.items()}
 
 
+def by_head(factors: Factors, heads: Mapping[Site, int]) -> dict[Site, Float[Tensor, " _neuron"]]:
+    """Give all neurons of an attention head the mean of their factors; sites without heads stay as they are.
+
+    Args:
+        factors: per site; gradients flow through.
+        heads: per site how many heads lie one behind the other.
+    """
+    return {
+        site: row.view(heads[site], -1).mean(dim=1).repeat_interleave(len(row) // heads[site]) if site in heads else row
+        for site, row in factors.items()
+    }
+
+
 def changed(factors: Factors) -> dict[Site, Float[Tensor, " _neuron"]]:
     """Leave out the sites where every factor is 1."""
     return {site: row for site, row in factors.items() if bool((row != 1).any())}

@@ -4,9 +4,10 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safeglasses.errors import SafeglassesError
+from safeglasses.model.anatomy import What
 
 _TEXT, _NUMBER = (str,), (float, int)
 _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -14,7 +15,7 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "doc": (_TEXT, "one line for people"),
     "sites": (
         _TEXT,
-        "mlp: outputs of the MLPs' linear maps; linears: outputs of all linear maps of the decoder",
+        "outputs of linear maps: mlp, attention, linears (all); inputs: neurons (of the MLPs), heads (of attention)",
     ),
     "pools": ((list,), "evidence as span:how; spans image, prompt, response, all; how max, mean, last"),
     "rule": (_TEXT, "gini: 1 - the largest Gini; constant; calibrated: 1 - sum of strength * Gini"),
@@ -27,9 +28,10 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "granularity": (_TEXT, "calibrated: group (a strength per kind, layer and evidence) or neuron"),
     "confirmed": ((bool,), "calibrated: only the expertise that held-out examples confirm counts"),
     "by_category": ((bool,), "calibrated by group: a strength per category of harm too, each by its own evidence"),
+    "by_head": ((bool,), "attention, heads: the neurons of a head are turned down together"),
 }
 _WORDS = {
-    "sites": ("mlp", "linears"),
+    "sites": get_args(What),
     "rule": ("gini", "constant", "calibrated"),
     "granularity": ("group", "neuron"),
 }

@@ -18,6 +18,7 @@ not public. ``sgm`` and ``sgm-calibrated`` are ours.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -34,17 +35,17 @@ from safeglasses.defend.expertise import (
     rows,
     table_columns,
 )
-from safeglasses.defend.factors import count
+from safeglasses.defend.factors import by_head, count
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipe_files import read_recipe, write_recipe
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.pools import Pool
-from safeglasses.model.anatomy import Anatomy
+from safeglasses.model.anatomy import Anatomy, What
+from safeglasses.model.sites import Site
 
 __all__ = ["RECIPES", "CalibratedRule", "Recipe", "apply"]
 
-Sites = Literal["mlp", "linears"]
 Rule = Literal["gini", "constant", "calibrated"]
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -57,8 +58,10 @@ class Recipe:
     """What glasses made by it are called."""
     doc: str
     """One line for people."""
-    sites: Sites
-    """``mlp``: outputs of the MLPs' linear maps; ``linears``: outputs of all linear maps of the decoder."""
+    sites: What
+    """``mlp``: outputs of the MLPs' linear maps; ``linears``: outputs of all linear maps of the decoder; ``neurons``:
+    inputs of the MLPs' output maps; ``attention``: outputs of attention's maps; ``heads``: what its heads write, the
+    inputs of its output maps. See `Anatomy.sites`."""
     pools: tuple[Pool, ...]
     """The evidences, each as span:how, e.g. ``prompt:last``, ``response:max``, ``all:mean``."""
     rule: Rule
@@ -82,11 +85,34 @@ class Recipe:
     """For the ``calibrated`` rule: only the expertise that held-out examples confirm counts, if there are any."""
     by_category: bool = False
     """For the ``calibrated`` rule and ``group``: a strength per category of harm as well, each by its own evidence."""
+    by_head: bool = False
+    """For ``attention`` and ``heads``: the neurons of a head are turned down together, by the mean of what each would
+    be; keys and values by their own heads, which several query heads share. Sites without heads, such as what the
+    output map writes, stay as they are."""
 
     def __post_init__(self) -> None:
         problems = [text for wrong, text in _problems(self) if wrong]
         if problems:
             raise SafeglassesError("a recipe that cannot work", given=f"{self.name}: {'; '.join(problems)}")
+
+    def heads(self, anatomy: Anatomy) -> Mapping[Site, int]:
+        """Return how many heads lie on each of the recipe's sites that has heads, if it goes by head; else nothing.
+
+        Raises:
+            SafeglassesError: no site has heads.
+        """
+        if not self.by_head:
+            return {}
+        known = anatomy.attention.heads
+        found = {site: known[site] for site in anatomy.sites(self.sites) if site in known}
+        if not found:
+            raise SafeglassesError(
+                "none of the recipe's sites has attention heads",
+                given=f"recipe {self.name}, sites = {self.sites}, by_head",
+                expected="queries, keys and values with maps of their own",
+                do='use sites = "heads": what each head writes',
+            )
+        return found
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":
@@ -119,8 +145,8 @@ def apply(
     Args:
         recipe: the rule.
         evidence: AUROC per neuron; must hold the recipe's pools.
-        anatomy: of the base model; restricts wider evidence to the recipe's sites. Without it all of its
-            sites are used.
+        anatomy: of the base model; restricts wider evidence to the recipe's sites. Without it, for ``mlp`` and
+            ``linears``, all of its sites are used.
         strengths: λ of a ``calibrated`` recipe, of `CalibratedRule.shape`.
 
     Raises:
@@ -129,7 +155,7 @@ def apply(
     """
     evidence = _on_sites(recipe, evidence, anatomy)
     if recipe.rule == "calibrated":
-        return _calibrated(recipe, evidence, strengths)
+        return _calibrated(recipe, evidence, strengths, recipe.heads(anatomy) if anatomy is not None else {})
     masks = experts(evidence, recipe.pools, threshold=recipe.threshold, fdr=recipe.fdr, top_k=recipe.top_k)
     factors = {}
     for site, chosen in masks.items():
@@ -137,6 +163,7 @@ def apply(
             factors[site] = gini_factors(rows(evidence, site, recipe.pools), chosen, clamp=recipe.clamp)
         else:
             factors[site] = constant_factors(chosen, recipe.constant)
+    factors = by_head(factors, recipe.heads(anatomy)) if anatomy is not None else factors
     if count(factors) == 0:
         highest = max(float(rows(evidence, site, recipe.pools).max()) for site in masks)
         raise SafeglassesError(
@@ -161,6 +188,12 @@ def _on_sites(recipe: Recipe, evidence: Evidence, anatomy: Anatomy | None) -> Ev
     """Restrict the evidence to the recipe's sites."""
     if anatomy is not None:
         return restrict(evidence, anatomy.sites(recipe.sites))
+    if recipe.sites not in ("mlp", "linears"):
+        raise SafeglassesError(
+            "this recipe needs the model's anatomy",
+            given=f"recipe {recipe.name}, sites = {recipe.sites}, without it",
+            do="apply(recipe, evidence, anatomy=vlm.anatomy)",
+        )
     wider = [str(site) for site in evidence.auroc if _ATTENTION.search(site.path)]
     if recipe.sites == "mlp" and wider:
         raise PartialMatch(
@@ -172,7 +205,9 @@ def _on_sites(recipe: Recipe, evidence: Evidence, anatomy: Anatomy | None) -> Ev
     return evidence
 
 
-def _calibrated(recipe: Recipe, evidence: Evidence, strengths: Float[Tensor, "*group"] | None) -> Glasses:
+def _calibrated(
+    recipe: Recipe, evidence: Evidence, strengths: Float[Tensor, "*group"] | None, heads: Mapping[Site, int]
+) -> Glasses:
     rule = CalibratedRule.from_evidence(
         evidence,
         pools=recipe.pools,
@@ -182,6 +217,7 @@ def _calibrated(recipe: Recipe, evidence: Evidence, strengths: Float[Tensor, "*g
         two_sided=recipe.two_sided,
         granularity=recipe.granularity,
         confirmed=recipe.confirmed,
+        heads=heads,
     )
     if recipe.by_category:
         raise SafeglassesError(
@@ -213,7 +249,7 @@ def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
         (not recipe.name, "no name"),
         (not recipe.pools, "no pools"),
         (len(set(recipe.pools)) != len(recipe.pools), "a pool twice"),
-        (recipe.sites not in get_args(Sites), f"sites {recipe.sites!r}"),
+        (recipe.sites not in get_args(What), f"sites {recipe.sites!r}"),
         (recipe.rule not in get_args(Rule), f"rule {recipe.rule!r}"),
         (threshold is not None and not 0 <= threshold < 1, f"threshold {threshold}, not from 0 to below 1"),
         (fdr is not None and not 0 < fdr < 1, f"fdr {fdr}, not between 0 and 1"),
@@ -225,6 +261,7 @@ def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.rule != "calibrated" and recipe.two_sided, "two_sided without calibration"),
         (recipe.rule != "calibrated" and recipe.confirmed, "confirmed without calibration"),
         (recipe.rule != "calibrated" and recipe.by_category, "by_category without calibration"),
+        (recipe.by_head and recipe.sites not in ("attention", "heads"), f"by_head with sites {recipe.sites!r}"),
         (recipe.by_category and recipe.granularity == "neuron", 'by_category with granularity "neuron", not "group"'),
     ]
 

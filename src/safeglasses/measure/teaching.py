@@ -85,6 +85,7 @@ class Teacher:
             granularity=self.recipe.granularity,
             confirmed=self.recipe.confirmed,
             categories=self.categories,
+            heads=self.recipe.heads(self.vlm.anatomy),
         )
         if rule.n_experts == 0:
             raise SafeglassesError(

@@ -13,9 +13,10 @@ from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.blocks import ATTENTION, Block, find_blocks
 from safeglasses.model.decoders import find_decoder, find_layers, other_layers
 from safeglasses.model.experts import Experts, find_experts
+from safeglasses.model.heads import Attention, find_attention
 from safeglasses.model.sites import Site
 
-What = Literal["mlp", "linears", "neurons"]
+What = Literal["mlp", "linears", "neurons", "attention", "heads"]
 _CROSS = re.compile(r"cross_?att|encoder_?att|encdecatt", re.IGNORECASE)
 _KEYS = re.compile(r"(k|v|kv|key|value)(_proj)?", re.IGNORECASE)
 
@@ -43,6 +44,8 @@ class Anatomy:
     """Why there is no such block."""
     experts: Mapping[str, Experts] = field(default_factory=dict)
     """Modules of fused experts, by path; no linear maps, so in none of the fields above."""
+    attention: Attention = field(default_factory=Attention)
+    """The maps of attention, and which of their neurons belong to which head."""
     beside: Mapping[str, int] = field(default_factory=dict)
     """Further lists of layers with attention in the decoder's module, with their lengths (Idefics's gated
     cross-attention, an encoder): nothing in them has an address."""
@@ -102,11 +105,17 @@ class Anatomy:
 
         ``mlp``: outputs of all maps of the feed-forward blocks; ``linears``: outputs of all linear maps of the
         decoder but `cross_attention_keys`, without fused experts; ``neurons``: inputs of the feed-forward output
-        maps. Fused experts follow the linear maps.
+        maps; ``attention``: outputs of attention's maps (queries, keys, values, output; of cross-attention without
+        keys and values); ``heads``: inputs of attention's output maps, head by head. Fused experts follow the linear
+        maps.
 
         Raises:
             SafeglassesError: the model has no such sites.
         """
+        if what == "attention":
+            return self.attention.sites(without=self.cross_attention_keys)
+        if what == "heads":
+            return self.attention.sites_by_head()
         if what == "linears":
             if not self.linears:
                 raise SafeglassesError(
@@ -244,7 +253,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
     The decoder is ``model.get_decoder()``; its layers are its list of modules as long as the text config's
     ``num_hidden_layers`` (see `decoders`). What a feed-forward block is says `blocks`, what fused experts are
-    `experts`.
+    `experts`, what attention and its heads are `heads`.
 
     Raises:
         SafeglassesError: no decoder, or no list of layers in it.
@@ -270,6 +279,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         blocks=found.blocks,
         ffn_reason=found.reason,
         experts=experts,
+        attention=find_attention(decoder, layers_path, widths),
         beside=other_layers(decoder, layers_path),
     )
 

@@ -22,6 +22,7 @@ def overview(anatomy: Anatomy) -> dict[str, Any]:
         "linears": _linears(anatomy),
         "blocks": _blocks(anatomy),
         "experts": _fused(fused),
+        "heads": _heads(anatomy),
         "cross_attention_layers": list(anatomy.cross_attention_layers),
         "cross_attention_maps": len(anatomy.cross_attention_keys),
         "beside": dict(anatomy.beside),
@@ -87,6 +88,17 @@ def _fused(modules: Iterable[Experts]) -> list[dict[str, Any]]:
             "dispatched": found[0].dispatched,
         }
         for kind, found in kinds.items()
+    ]
+
+
+def _heads(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """One row per kind of side that has heads, and number of heads."""
+    kinds: dict[tuple[str, int, int], list[Site]] = {}
+    for site, number in anatomy.attention.heads.items():
+        kinds.setdefault((site.kind, number, anatomy.width(site) // number), []).append(site)
+    return [
+        {"kind": kind, "heads": number, "width": width, "layers": len({site.layer for site in sites})}
+        for (kind, number, width), sites in kinds.items()
     ]
 
 

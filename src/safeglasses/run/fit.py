@@ -1,7 +1,7 @@
 """The main job: examples → evidence → glasses → proof, each stage with a file behind it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safeglasses.files import atomic_write_text, write_json
 from safeglasses.measure.contrasts import calibration_data
 from safeglasses.measure.judges import judge_from, refusal_judge
 from safeglasses.measure.panel import panel_from
+from safeglasses.model.anatomy import What
 from safeglasses.model.vlm import VLM, load
 from safeglasses.progress import Progress, Quiet
 from safeglasses.report.html import write_report
@@ -49,6 +50,8 @@ def fit(
     out: str | Path | None = None,
     budget: str | None = None,
     *,
+    sites: What | None = None,
+    by_head: bool = False,
     harm: str | float | None = None,
     front: bool | Sequence[float] = False,
     category: str | Sequence[str] | None = None,
@@ -75,6 +78,8 @@ def fit(
         judge: one or several, as `safeglasses.judge_from` reads them; the first decides, the others are recorded.
             Without, those that ship.
         recipe: a name (`safeglasses.Recipe` lists them), a TOML file, or a recipe.
+        sites: where to look and act, instead of where the recipe says; see `Recipe.sites`.
+        by_head: turn the neurons of an attention head down together, as `Recipe.by_head`.
         out: run folder; a folder with the same inputs is resumed.
         budget: time for calibration, e.g. ``90s``; turned into counts once and kept with the run.
         harm: accept glasses with at most this share of harmful answers on the calibrate split (``2%``, 0.02), and of
@@ -99,7 +104,7 @@ def fit(
         SafeglassesError: bad input; always before long work.
     """
     show = progress or Quiet()
-    chosen = _recipe(recipe)
+    chosen = _elsewhere(_recipe(recipe), sites, by_head=by_head)
     wanted = Wanted.read(chosen, harm=harm, front=front, category=category, under=under)
     size = _batch_size(batch_size)
     if budget is not None:
@@ -184,6 +189,15 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
     raise SafeglassesError(
         "no such recipe", given=repr(str(recipe)), expected=", ".join(RECIPES) + ", or a file ending in .toml"
     )
+
+
+def _elsewhere(recipe: Recipe, sites: What | None, *, by_head: bool) -> Recipe:
+    """Return the recipe on other sites, under a name that says so."""
+    if sites is None and not by_head:
+        return recipe
+    changed = replace(recipe, sites=sites or recipe.sites, by_head=by_head or recipe.by_head)
+    parts = [recipe.name, *([sites] if sites else []), *(["by-head"] if by_head else [])]
+    return replace(changed, name="-".join(parts))
 
 
 def _batch_size(value: int | str) -> int | str:

@@ -75,10 +75,11 @@ class Job:
         path = self.folder.path / file
         if path.exists():
             return Evidence.load(path)
-        wide = any(recipe.sites == "linears" for recipe in self._recipes().values())
         find, held_out = pairs.split("find"), pairs.split("calibrate")
         total = len(find) + len(held_out)
-        where = {"sites": self.vlm.anatomy.sites("linears" if wide else "mlp"), "pools": tuple(pools)}
+        parts = self.vlm.anatomy  # the parameter-free recipes beside the user's look at linear maps
+        looked_at = dict.fromkeys((*parts.sites("linears"), *parts.sites(self.recipe.sites)))
+        where = {"sites": tuple(looked_at), "pools": tuple(pools)}
         shards = self.folder.path / "shards"
         setup = setup_for(
             self.vlm,
