@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-from families import llavas, moes, others, qwens
+from families import both, llavas, moes, others, qwens
 from families.parts import VOCAB, Family
 
 _CORPUS = (
@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SPECS = {**llavas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS}
+_SPECS = {**llavas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS}
 _NEED_TORCHVISION = () if is_torchvision_available() else ("mistral3",)
 FAMILIES = tuple(n for n, spec in _SPECS.items() if spec.template and n not in (*_NEED_TORCHVISION, *moes.SPECS))
 """The families that can chat here; ``paligemma`` can be built too, but has no chat template, and so can `moes`."""

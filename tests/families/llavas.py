@@ -13,7 +13,7 @@ _INTERN = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-_GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 
 
 def _llava(ids: dict[str, int]) -> Any:
@@ -181,7 +181,7 @@ SPECS: dict[str, Family] = {
         image="<IMG_CONTEXT>",
     ),
     "gemma3": Family(
-        _gemma3, "Gemma3ForConditionalGeneration", _gemma3_processor, named=_GEMMA, image="<start_of_image>"
+        _gemma3, "Gemma3ForConditionalGeneration", _gemma3_processor, named=GEMMA, image="<start_of_image>"
     ),
     "paligemma": Family(
         _paligemma,

@@ -240,3 +240,32 @@ def test_batch_sizes_are_checked(size: int | str, tiny_vlm: VLM, examples: list[
     with pytest.raises(SafeglassesError) as caught:
         capture(tiny_vlm, examples, sites=SITES, pools=LAST, batch_size=size)
     assert str(caught.value) == f"not a batch size\n  given:    {size!r}\n  expected: a positive number, or auto"
+
+
+@pytest.mark.parametrize("name", ["florence2", "t5gemma2"])
+def test_the_decoder_of_an_encoder_decoder(family: Callable[[str], VLM], make: Make, name: str) -> None:
+    vlm, examples = family(name), [make(seed) for seed in range(6)]
+    sites, pools = vlm.anatomy.sites("linears"), (*LAST, Pool("all", "mean"))
+    together = capture(vlm, examples, sites=sites, pools=pools, batch_size=4)
+    assert together.lengths["prompt_tokens"].tolist() == [
+        int(vlm.encode([e.chat(with_response=False)]).inputs["attention_mask"].sum()) for e in examples
+    ]
+    assert set(together.lengths["image_tokens"].tolist()) <= {9, 10}
+    seen: dict[str, Tensor] = {}
+    for site in sites:
+        target = vlm.model.get_submodule(vlm.anatomy.absolute(site))
+        target.register_forward_hook(lambda _m, _i, out, at=str(site): seen.update({at: out[0]}))
+    try:
+        for column, example in enumerate(examples):
+            batch = vlm.encode([example.chat()])
+            with torch.no_grad():
+                vlm.model(**batch.inputs, use_cache=False)
+            for site in sites:  # the start token, then the response
+                value, found = seen[str(site)], together.values[site][:, :, column]
+                for expected, row in zip((value[0], value[1:].amax(dim=0), value.mean(dim=0)), found, strict=True):
+                    torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    finally:
+        for site in sites:
+            vlm.model.get_submodule(vlm.anatomy.absolute(site))._forward_hooks.clear()
+    with pytest.raises(SafeglassesError, match="reads nothing of the prompt itself"):
+        capture(vlm, examples, sites=sites, pools=[Pool("image", "max")])

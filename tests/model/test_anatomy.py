@@ -38,6 +38,16 @@ EXPECTED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "gpt2": ("transformer", ("mlp.c_fc", "mlp.c_proj"), ("attn.c_attn", "attn.c_proj")),
     "opt": ("model.decoder", ("fc1", "fc2"), (*QKVO[:3], "self_attn.out_proj")),
     "qwen3_vl_moe": ("model.language_model", (), QKVO),
+    "florence2": (
+        "model.language_model",
+        ("fc1", "fc2"),
+        tuple(
+            f"{place}.{leaf}"
+            for place in ("self_attn", "encoder_attn")
+            for leaf in ["q_proj", "k_proj", "v_proj", "out_proj"]
+        ),
+    ),
+    "t5gemma2": ("model.decoder", GATED, QKVO),
 }
 
 

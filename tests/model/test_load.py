@@ -144,8 +144,8 @@ def test_processor_that_needs_torchvision(copied: Path) -> None:
     ("model_type", "text"),
     [
         ("no_such_type", "transformers does not know this type of model"),
-        ("clip", "not a decoder-only vision-language or language model"),
-        ("t5", "not a decoder-only vision-language or language model"),
+        ("clip", "not a vision-language or decoder-only language model"),
+        ("t5", "not a vision-language or decoder-only language model"),
     ],
 )
 def test_other_models(copied: Path, model_type: str, text: str) -> None:

@@ -53,7 +53,7 @@ class StandIns:
         kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for rows in plan(vlm, examples):
             batch = vlm.encode([examples[i].chat() for i in rows]).to(vlm.device)
-            real = batch.inputs["attention_mask"].bool().cpu()
+            real = batch.attention_mask.bool().cpu()
             chosen = [
                 (row, int(places[i]))
                 for row, places in enumerate(mask.nonzero()[:, 0] for mask in real)
@@ -65,7 +65,7 @@ class StandIns:
                 kept[site].append(value[tuple(axis.to(value.device) for axis in where)].cpu())
 
             with torch.no_grad(), tap(vlm.model, vlm.anatomy, sites, keep):
-                vlm.forward(batch, logits_from=batch.inputs["input_ids"].shape[1] - 1)
+                vlm.forward(batch, logits_from=batch.ids.shape[1] - 1)
         return cls({site: torch.cat(found) for site, found in kept.items()})
 
 

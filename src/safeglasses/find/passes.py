@@ -134,7 +134,7 @@ def passes(vlm: VLM, examples: Sequence[Example], watch: Watch, batches: Sequenc
                 if len(rows) == 1 or sharded:
                     raise _no_memory(examples[rows[0]], len(rows)) from error
             if pooled is not None:
-                spans = (batch.response_mask, batch.prompt_mask, batch.image_mask)
+                spans = (batch.response_mask, batch.asked.prompt_mask, batch.asked.image_mask)
                 yield Pass(rows, pooled, torch.stack([span.sum(dim=1) for span in spans]))
                 first = False
                 continue
@@ -197,7 +197,7 @@ def pooled_pass(
     Raises:
         SafeglassesError: a site is not reached, or does not hold one vector per token; an expert's value is NaN.
     """
-    samples, tokens = batch.inputs["input_ids"].shape
+    samples, tokens = batch.ids.shape
     found: dict[Site, Tensor] = {}
     local: dict[torch.device, list[Window]] = {}
 

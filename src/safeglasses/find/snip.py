@@ -87,7 +87,7 @@ def _gradients(
 ) -> dict[Site, tuple[Float[Tensor, "sample token _neuron"], Float[Tensor, "sample token _out"]]]:
     """Return what each map reads, and ∂L/∂ of what it writes; nothing is accumulated in the model."""
     batch = vlm.encode([example.chat() for example in examples]).to(vlm.device)
-    shape = batch.inputs["input_ids"].shape
+    shape = batch.ids.shape
     read: dict[Site, Tensor] = {}
     written: dict[Site, Tensor] = {}
 
@@ -103,7 +103,7 @@ def _gradients(
     with torch.enable_grad(), tap(vlm.model, vlm.anatomy, both, keep):
         logits = vlm.forward(batch)
     answer = batch.response_mask[:, 1:]
-    losses = cross_entropy(logits[:, :-1][answer].float(), batch.inputs["input_ids"][:, 1:][answer], reduction="none")
+    losses = cross_entropy(logits[:, :-1][answer].float(), batch.ids[:, 1:][answer], reduction="none")
     each = answer.sum(dim=1)
     loss = (losses / each.repeat_interleave(each)).sum()  # a sum: no sample is in another's gradient
     deltas = torch.autograd.grad(loss, [written[site] for site in sites])

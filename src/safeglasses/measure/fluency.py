@@ -71,7 +71,7 @@ def _scores(vlm: VLM, examples: Sequence[Example]) -> list[tuple[float, int, Ten
     batch = vlm.encode([e.chat() for e in examples]).to(vlm.device)
     start = int(batch.last_prompt.min())
     logits = vlm.forward(batch, logits_from=start)
-    nll = response_nll(logits, batch.inputs["input_ids"], batch.response_mask).tolist()
+    nll = response_nll(logits, batch.ids, batch.response_mask).tolist()
     tokens = batch.response_mask.sum(1).tolist()
     firsts = logits[torch.arange(len(examples)), batch.last_prompt - start].cpu()
     return list(zip(nll, tokens, firsts, strict=True))

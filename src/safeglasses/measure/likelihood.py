@@ -47,6 +47,6 @@ def force(vlm: VLM, batch: Batch) -> Forced:
     mask = batch.response_mask[:, start + 1 :]
     logits = vlm.forward(batch, logits_from=start)[:, :-1][mask]
     log_probs = torch.log_softmax(logits.float(), -1)
-    targets = batch.inputs["input_ids"][:, start + 1 :][mask]
+    targets = batch.ids[:, start + 1 :][mask]
     tokens = log_probs.gather(-1, targets[:, None])[:, 0]
     return Forced(log_probs, tokens, mask.nonzero()[:, 0], len(mask))

@@ -83,13 +83,13 @@ def _read(vlm: VLM, chats: Sequence[Chat]) -> list[Read]:
     _need_responses(chats)
     batch = vlm.encode(chats, padding_side="left").to(vlm.device)
     forced = force(vlm, batch)
-    ids = batch.inputs["input_ids"][batch.response_mask].tolist()
+    ids = batch.ids[batch.response_mask].tolist()
     values = forced.token_log_probs.tolist()
     rows = forced.sample.tolist()
     found: list[list[TokenScore]] = [[] for _ in chats]
     for row, token, value in zip(rows, ids, values, strict=True):
         found[row].append(TokenScore(token, value))
-    lengths = [int(n) for n in batch.prompt_length]
+    lengths = [int(n) for n in batch.n_tokens - batch.response_mask.sum(dim=1)]
     return [Read(length, tuple(scores)) for length, scores in zip(lengths, found, strict=True)]
 
 

@@ -1,6 +1,5 @@
 """Find the language decoder, its linear maps and feed-forward neurons by structure, never by family name."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,14 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.blocks import ATTENTION, Block, find_blocks
-from safeglasses.model.decoders import find_decoder, find_layers, other_layers
+from safeglasses.model.crossing import CROSS, is_key, merges
+from safeglasses.model.decoders import find_decoder, find_encoder, find_layers, other_layers
 from safeglasses.model.experts import Experts, find_experts
 from safeglasses.model.heads import Attention, find_attention
 from safeglasses.model.sites import Site
 
 What = Literal["mlp", "linears", "neurons", "attention", "heads"]
-_CROSS = re.compile(r"cross_?att|encoder_?att|encdecatt", re.IGNORECASE)
-_KEYS = re.compile(r"(k|v|kv|key|value)(_proj)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,10 @@ class Anatomy:
     beside: Mapping[str, int] = field(default_factory=dict)
     """Further lists of layers with attention in the decoder's module, with their lengths (Idefics's gated
     cross-attention, an encoder): nothing in them has an address."""
+    encoder_path: str | None = None
+    """Path of the encoder inside the model, of an encoder–decoder; None: there is none."""
+    merged_keys: tuple[str, ...] = ()
+    """Key and value maps of attention that reads the decoder's and the encoder's tokens at once (T5Gemma 2)."""
 
     @cached_property
     def ffn(self) -> tuple[str, ...]:
@@ -73,14 +75,14 @@ class Anatomy:
         for path in self.linears:
             inner = path.removeprefix(self.layers_path + ".")
             if ATTENTION.search(inner):
-                kinds.setdefault(int(inner.partition(".")[0]), set()).add(bool(_CROSS.search(inner)))
+                kinds.setdefault(int(inner.partition(".")[0]), set()).add(bool(CROSS.search(inner)))
         return tuple(sorted(layer for layer, found in kinds.items() if found == {True}))
 
     @property
     def cross_attention_keys(self) -> tuple[str, ...]:
-        """Key and value maps of cross-attention: they read pictures or an encoder, not the decoder's own tokens."""
-        leaves = ((path, path.rpartition(".")[2]) for path in self.linears)
-        return tuple(path for path, leaf in leaves if _KEYS.fullmatch(leaf) and _CROSS.search(path))
+        """Key and value maps of cross-attention: they read pictures or an encoder, not the decoder's tokens alone."""
+        merged = set(self.merged_keys)
+        return tuple(path for path in self.linears if path in merged or (is_key(path) and CROSS.search(path)))
 
     @property
     def layers_without_neurons(self) -> tuple[int, ...]:
@@ -281,6 +283,8 @@ def anatomy(model: nn.Module) -> Anatomy:
         experts=experts,
         attention=find_attention(decoder, layers_path, widths),
         beside=other_layers(decoder, layers_path),
+        encoder_path=find_encoder(model),
+        merged_keys=tuple(path for path in widths if is_key(path) and merges(decoder, path)),
     )
 
 

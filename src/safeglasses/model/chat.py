@@ -9,6 +9,8 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from torch import Tensor
 
+from safeglasses.errors import SafeglassesError
+
 Message = Mapping[str, Any]
 Span = Literal["image", "text", "prompt", "response", "all"]
 
@@ -37,7 +39,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded chats. Padding belongs to no span."""
+    """Encoded chats. Padding belongs to no span.
+
+    Of an encoder–decoder these are the tokens that the decoder reads: what stands before the response is the start
+    token, where the answer is decided on, and the prompt's own tokens are those of `encoder`.
+    """
 
     inputs: dict[str, Tensor]
     """What the model's forward takes (no labels)."""
@@ -49,11 +55,29 @@ class Batch:
     """Tokens of the response."""
     image_mask: Bool[Tensor, "sample token"]
     """Picture tokens (the placeholder, where pictures enter by cross-attention)."""
+    encoder: "Batch | None" = None
+    """The same chats as the encoder of an encoder–decoder reads them: prompts alone. None: there is no encoder."""
+
+    @property
+    def ids(self) -> Int[Tensor, "sample token"]:
+        """The tokens that the spans speak of: those that the decoder reads."""
+        return self.inputs["input_ids" if self.encoder is None else "decoder_input_ids"]
 
     @property
     def attention_mask(self) -> Int[Tensor, "sample token"]:
         """1 for every token, 0 for padding."""
-        return self.inputs["attention_mask"]
+        return self.inputs["attention_mask" if self.encoder is None else "decoder_attention_mask"]
+
+    @property
+    def asked(self) -> "Batch":
+        """What holds the prompts' own tokens: the encoder's side where there is one."""
+        return self if self.encoder is None else self.encoder
+
+    @property
+    def n_tokens(self) -> Int[Tensor, " sample"]:
+        """All that a model reads of each chat, the encoder included, padding not."""
+        own = self.attention_mask.sum(dim=1)
+        return own if self.encoder is None else own + self.encoder.n_tokens
 
     @property
     def last_prompt(self) -> Int[Tensor, " sample"]:
@@ -62,7 +86,18 @@ class Batch:
         return (self.prompt_mask * columns).amax(dim=1)
 
     def span(self, name: Span) -> Bool[Tensor, "sample token"]:
-        """Return a span's tokens; ``text`` is the prompt without its picture tokens, ``all`` is all but padding."""
+        """Return a span's tokens; ``text`` is the prompt without its picture tokens, ``all`` is all but padding.
+
+        Raises:
+            SafeglassesError: pictures or text of a prompt, which the decoder of an encoder–decoder does not read.
+        """
+        if self.encoder is not None and name in ("image", "text"):
+            raise SafeglassesError(
+                "the decoder of an encoder–decoder reads nothing of the prompt itself",
+                given=f"span {name} at sites of the decoder",
+                expected="prompt (the start token, which has seen the whole prompt), response or all",
+                do="pool over prompt:last, or look at the encoder's sites",
+            )
         if name == "all":
             return self.attention_mask.bool()
         if name == "text":
@@ -78,6 +113,7 @@ class Batch:
             prompt_mask=self.prompt_mask.to(device),
             response_mask=self.response_mask.to(device),
             image_mask=self.image_mask.to(device),
+            encoder=None if self.encoder is None else self.encoder.to(device),
         )
 
 

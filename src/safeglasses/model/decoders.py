@@ -36,6 +36,28 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, str]:
     return decoder, path
 
 
+def find_encoder(model: nn.Module) -> str | None:
+    """Return the path of an encoder–decoder's encoder, which reads the prompt; None: the model has none.
+
+    Raises:
+        SafeglassesError: it has one that is not one of its own modules.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    get_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if callable(get_encoder) else None
+    path = next((name for name, child in model.named_modules() if child is encoder), None)
+    if not path:
+        raise SafeglassesError(
+            "no encoder found",
+            given=f"{type(model).__name__}, an encoder–decoder",
+            expected="a transformers model whose get_encoder() returns one of its own modules",
+            do="load the model with safeglasses.load, or pass the whole model, not a part of it",
+        )
+    return path
+
+
 def by_table(model_type: str) -> bool:
     """Tell whether a type's decoder stands in the table, and does not follow from structure."""
     return model_type in _DECODERS

@@ -9,10 +9,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.processing_utils import ProcessorMixin
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.chat import Batch, Chat
+from safeglasses.model.loading import Processor, tokenizer_of
 
 Side = Literal["right", "left"]
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -24,7 +24,7 @@ _PER_TOKEN = ("input_ids", "attention_mask", *TYPES, "cross_attention_mask")
 class Encoder:
     """A processor (or, for text-only models, a tokenizer) and what the model says about its tokens."""
 
-    processor: ProcessorMixin | PreTrainedTokenizerBase
+    processor: Processor
     """Renders, tokenises and prepares pictures."""
     image_token_id: int | None
     """Id of the tokens that stand for a picture."""
@@ -36,13 +36,13 @@ class Encoder:
     """The model takes ``position_ids`` of shape (sample, token)."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a generated answer."""
+    start_ids: tuple[int, ...] = ()
+    """What the decoder of an encoder–decoder reads before the response; nothing where there is no encoder."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, alone or inside the processor."""
-        if isinstance(self.processor, PreTrainedTokenizerBase):
-            return self.processor
-        return self.processor.tokenizer
+        return tokenizer_of(self.processor)
 
     def encode(self, chats: Sequence[Chat], padding_side: Side, *, end_of_turn: bool = False) -> Batch:
         """Encode chats as one batch; see `VLM.encode`."""
@@ -55,33 +55,63 @@ class Encoder:
             for name, value in prompts.items()
             if isinstance(value, Tensor) and (name in self.accepted or not name.endswith("type_ids"))
         }
+        kept = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in kept.items()}
         mask = kept["attention_mask"].bool()
+        if self.start_ids:
+            return self._of_both(kept, mask, responses)
         pad: Any = self.tokenizer.pad_token_id or 0
         inputs = {
             name: _joined(name, value, mask, responses, padding_side, pad) if name in _PER_TOKEN else value
             for name, value in kept.items()
         }
-        inputs = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         attention = inputs["attention_mask"]
         if padding_side == "left" and self.flat_positions:
             inputs["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
         order = attention.cumsum(dim=1)  # 1 for the first token of a row
         prompt_length = mask.sum(dim=1)
         prompt_mask = attention.bool() & (order <= prompt_length[:, None])
-        is_image = (
-            torch.zeros_like(prompt_mask) if self.image_token_id is None else inputs["input_ids"] == self.image_token_id
-        )
         return Batch(
             inputs=inputs,
             prompt_length=prompt_length,
             prompt_mask=prompt_mask,
             response_mask=attention.bool() & ~prompt_mask,
-            image_mask=is_image & prompt_mask,
+            image_mask=self._is_image(inputs["input_ids"]) & prompt_mask,
         )
+
+    def to_generate(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what ``generate`` takes: without positions, and without a mask of the decoder, both its own."""
+        return {n: value for n, value in batch.inputs.items() if n not in ("position_ids", "decoder_attention_mask")}
+
+    def _of_both(self, kept: dict[str, Tensor], mask: Tensor, responses: Sequence[list[int]]) -> Batch:
+        """Give the prompt to the encoder, and the response to the decoder behind its start."""
+        none = torch.zeros_like(mask)
+        prompts = Batch(
+            inputs={name: kept[name] for name in ("input_ids", "attention_mask")},
+            prompt_length=mask.sum(dim=1),
+            prompt_mask=mask,
+            response_mask=none,
+            image_mask=self._is_image(kept["input_ids"]) & mask,
+        )
+        pad: Any = self.tokenizer.pad_token_id or 0
+        rows = [torch.tensor([*self.start_ids, *response]) for response in responses]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        column, before = torch.arange(ids.shape[1])[None], len(self.start_ids)
+        real = column < torch.tensor([[len(row)] for row in rows])
+        return Batch(
+            inputs={**kept, "decoder_input_ids": ids, "decoder_attention_mask": real.long()},
+            prompt_length=torch.full((len(rows),), before),
+            prompt_mask=(column < before).expand_as(ids).clone(),
+            response_mask=real & (column >= before),
+            image_mask=torch.zeros_like(real),
+            encoder=prompts,
+        )
+
+    def _is_image(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids, dtype=torch.bool) if self.image_token_id is None else ids == self.image_token_id
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
         """Return token counts; see `VLM.lengths`."""
-        extra: dict[tuple[tuple[int, int], ...], int] = {(): 0}
+        extra: dict[tuple[tuple[int, int], ...], int] = {} if self.start_ids else {(): 0}
         out: list[int] = []
         if not chats:
             return out
@@ -93,7 +123,7 @@ class Encoder:
             sizes = tuple(image.size for image in chat.images)
             if sizes not in extra:
                 prompt = self.encode([Chat(chat.messages)], "right")
-                extra[sizes] = int(prompt.prompt_length[0]) - len(ids)
+                extra[sizes] = int(prompt.n_tokens[0]) - len(ids)
             out.append(len(ids) + extra[sizes] + len(self.response_ids(chat)))
         return out
 
@@ -163,7 +193,7 @@ class Encoder:
             )
 
 
-def _conversation(chat: Chat, processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def _conversation(chat: Chat, processor: Processor) -> list[dict[str, Any]]:
     """Return messages as the template wants them: strings for tokenizers, lists of parts for processors."""
     flat = isinstance(processor, PreTrainedTokenizerBase)
     messages: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,22 @@ def auto_class(source: str, config: PreTrainedConfig) -> Any:
     """Return the Auto class that builds and loads a checkpoint.
 
     Raises:
-        SafeglassesError: it is not a decoder with an Auto class.
+        SafeglassesError: no Auto class loads it as a model that reads text (and pictures) and writes text.
     """
-    if not config.is_encoder_decoder:
-        if is_multimodal(config):
-            return AutoModelForImageTextToText
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return AutoModelForCausalLM
-    raise _not_a_decoder(source, config)
+    if is_multimodal(config):
+        reads = _read_by_encoder(config) if config.is_encoder_decoder else {"input_ids"}
+        if "input_ids" not in reads or "bbox" in reads:
+            what = "where words lie on a page" if "bbox" in reads else "no text"
+            raise SafeglassesError(
+                f"an encoder–decoder whose encoder reads {what}",
+                given=f"{source} of type {config.model_type!r}",
+                expected="a model that takes a chat: an encoder that reads text, and pictures in their places",
+                do="use a chat model such as LLaVA, Qwen-VL or Gemma 3",
+            )
+        return AutoModelForImageTextToText
+    if not config.is_encoder_decoder and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    raise _not_a_chat_model(source, config)
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
@@ -113,7 +122,7 @@ def load_model(
     """Load the weights, safetensors only, all of them.
 
     Raises:
-        SafeglassesError: not a decoder with an Auto class, a wrong device or dtype, or weights missing.
+        SafeglassesError: no Auto class for it, a wrong device or dtype, or weights missing.
     """
     auto = auto_class(source, config)
     model, info = auto.from_pretrained(
@@ -161,7 +170,7 @@ def load_processor(source: str, config: PreTrainedConfig, revision: str | None) 
             "preprocessor_config.json beside config.json",
             do="copy these files from the original model",
         ) from error
-    tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     if processor.chat_template is None:
         processor.chat_template = tokenizer.chat_template
     if processor.chat_template is None:
@@ -175,6 +184,11 @@ def load_processor(source: str, config: PreTrainedConfig, revision: str | None) 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, alone or inside a processor."""
+    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
 
 
 def save_processor(processor: Processor, source: str, revision: str | None, folder: Path) -> None:
@@ -269,11 +283,19 @@ def _processor_class(config: PreTrainedConfig) -> Any:
     return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _cls: list(parts))})
 
 
-def _not_a_decoder(source: str, config: PreTrainedConfig) -> SafeglassesError:
+def _read_by_encoder(config: PreTrainedConfig) -> set[str]:
+    """Return the names of what the encoder of an encoder–decoder takes, by its class."""
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(deepcopy(config))
+    return set(inspect.signature(type(model.get_encoder()).forward).parameters)
+
+
+def _not_a_chat_model(source: str, config: PreTrainedConfig) -> SafeglassesError:
     return SafeglassesError(
-        "not a decoder-only vision-language or language model",
+        "not a vision-language or decoder-only language model",
         given=f"{source} of type {config.model_type!r}",
-        expected="a type that AutoModelForImageTextToText or AutoModelForCausalLM loads, without an encoder",
+        expected="a type that AutoModelForImageTextToText or AutoModelForCausalLM loads; of text alone, without an "
+        "encoder",
         do="use a chat model such as LLaVA, Qwen-VL, Gemma 3 or Llama",
     )
 

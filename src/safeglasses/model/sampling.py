@@ -90,10 +90,15 @@ def draw(vlm: VLM, chats: Sequence[Chat], rows: Sequence[Settings], *, reweigh: 
     """
     begun = [Chat(chat.messages, row.prefix or None) for chat, row in zip(chats, rows, strict=True)]
     batch = vlm.encode(begun, padding_side="left").to(vlm.device)
-    lengths = [int(n) for n in batch.attention_mask.sum(dim=1)]
-    room = [_room(vlm, n, row) for n, row in zip(lengths, rows, strict=True)]
-    inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
-    width = inputs["input_ids"].shape[1]
+    if batch.encoder is not None and not batch.attention_mask.all():  # decoders with an encoder are padded on the right
+        return _by_width(vlm, chats, rows, batch.attention_mask.sum(dim=1).tolist(), reweigh)
+    lengths = [int(n) for n in batch.n_tokens]
+    room = [
+        _room(vlm, *sizes)
+        for sizes in zip(batch.attention_mask.sum(dim=1).tolist(), batch.asked.n_tokens.tolist(), rows, strict=True)
+    ]
+    inputs = vlm.encoder.to_generate(batch)
+    width = batch.ids.shape[1]
     choose = _Choose(rows, vlm.stop_ids)
     stop = _Stop(vlm, rows, room, width)
     config = GenerationConfig(
@@ -104,6 +109,7 @@ def draw(vlm: VLM, chats: Sequence[Chat], rows: Sequence[Settings], *, reweigh: 
         eos_token_id=list(vlm.stop_ids) or None,
         pad_token_id=vlm.tokenizer.pad_token_id,
         bos_token_id=vlm.tokenizer.bos_token_id,
+        decoder_start_token_id=next(iter(vlm.start_ids), None),
     )
     theirs = vlm.model.generation_config
     vlm.model.generation_config = config  # else generate() fills what we leave open from the checkpoint's
@@ -125,12 +131,36 @@ def draw(vlm: VLM, chats: Sequence[Chat], rows: Sequence[Settings], *, reweigh: 
     ]
 
 
-def _room(vlm: VLM, prompt: int, row: Settings) -> int:
+def _by_width(
+    vlm: VLM, chats: Sequence[Chat], rows: Sequence[Settings], widths: Sequence[int], reweigh: Reweigh | None
+) -> list[Drawn]:
+    """Answer the rows whose answers begin in the same column together."""
+    found: dict[int, Drawn] = {}
+    for width in sorted(set(widths)):
+        some = [i for i, own in enumerate(widths) if own == width]
+        found |= dict(
+            zip(some, draw(vlm, [chats[i] for i in some], [rows[i] for i in some], reweigh=reweigh), strict=True)
+        )
+    return [found[i] for i in range(len(rows))]
+
+
+def _room(vlm: VLM, begun: int, prompt: int, row: Settings) -> int:
+    """Return how long an answer may be.
+
+    Args:
+        vlm: the model.
+        begun: tokens that the decoder has read.
+        prompt: tokens that hold the prompt: the same, or the encoder's.
+        row: what is asked for.
+
+    Raises:
+        SafeglassesError: there is no room.
+    """
     limit = vlm.context_length
-    if limit is None or prompt + row.max_tokens <= limit:
+    if limit is None or (begun + row.max_tokens <= limit and prompt <= limit):
         return row.max_tokens
-    if prompt < limit:
-        return limit - prompt
+    if begun < limit and prompt <= limit:
+        return limit - begun
     raise SafeglassesError(
         "the prompt fills the model's context: there is no room for an answer",
         given=f"{prompt:,} tokens, pictures included",

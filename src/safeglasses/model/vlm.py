@@ -50,7 +50,7 @@ class VLM:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, alone or inside the processor."""
-        return self.encoder.tokenizer
+        return loading.tokenizer_of(self.processor)
 
     @property
     def is_multimodal(self) -> bool:
@@ -77,7 +77,32 @@ class VLM:
             dtype=self.dtype,
             flat_positions="position_ids" in accepted and "mrope_section" not in rope,
             stop_ids=self.stop_ids,
+            start_ids=self.start_ids,
         )
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What the decoder of an encoder–decoder reads before an answer; nothing elsewhere.
+
+        The token that starts it and, where the checkpoint's generation config forces one (BART, Florence-2), the first
+        one behind it: neither is the model's own choice.
+        """
+        if self.anatomy.encoder_path is None:
+            return ()
+        given: Any = self.model.generation_config
+        config: Any = self.model.config
+        places = (given, config, config.get_text_config(decoder=True))
+        named = (getattr(place, "decoder_start_token_id", None) for place in places)
+        begins: Any = self.tokenizer.bos_token_id
+        start: int | None = next((token for token in named if isinstance(token, int)), begins)
+        if start is None:
+            raise SafeglassesError(
+                "the checkpoint names no token that starts the decoder",
+                given=f"{self.source}: no decoder_start_token_id in generation_config.json, no bos_token",
+                do="set decoder_start_token_id in the checkpoint's generation_config.json",
+            )
+        forced = getattr(given, "forced_bos_token_id", None)
+        return (start, forced) if isinstance(forced, int) else (start,)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -93,7 +118,9 @@ class VLM:
         """Encode chats as one batch, on the CPU.
 
         Each prompt goes through the checkpoint's chat template with the generation prompt added; the
-        response's tokens follow, as they would follow in generation.
+        response's tokens follow, as they would follow in generation. With an encoder–decoder the prompt goes to the
+        encoder and the response to the decoder, and both are padded on the right, whatever was asked for: generation
+        begins at the decoder's start.
 
         Args:
             chats: at least one; all with the same number of pictures.
@@ -119,7 +146,7 @@ class VLM:
         Raises:
             SafeglassesError: ``logits_from`` lies outside the batch.
         """
-        width = batch.inputs["input_ids"].shape[1]
+        width = batch.ids.shape[1]
         start = logits_from or 0
         if not 0 <= start < width:
             raise SafeglassesError(
@@ -144,7 +171,7 @@ class VLM:
             seed: makes sampling reproducible; the global random state is left as it was.
         """
         batch = self.encode([Chat(chat.messages) for chat in chats], padding_side="left").to(self.device)
-        inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
+        inputs = self.encoder.to_generate(batch)
         generate: Any = self.model.generate
         theirs = self.model.generation_config
         sampling: dict[str, Any] = {"do_sample": False}
@@ -158,6 +185,7 @@ class VLM:
             eos_token_id=list(self.stop_ids) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=self.tokenizer.bos_token_id,
+            decoder_start_token_id=next(iter(self.start_ids), None),
         )
         self.model.generation_config = ours  # else generate() fills what we leave open from the checkpoint's
         try:
@@ -165,7 +193,7 @@ class VLM:
                 tokens = generate(**inputs, generation_config=ours)
         finally:
             self.model.generation_config = theirs
-        answers = tokens[:, batch.inputs["input_ids"].shape[1] :]
+        answers = tokens[:, batch.ids.shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def fingerprint(self) -> str:

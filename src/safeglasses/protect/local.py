@@ -67,6 +67,7 @@ class LocalAnswerer:
                     on.enter_context(defence.worn(self.vlm))
                 drawn = work.answer(self.vlm, rows)
             else:
+                _refuse_encoder(self.vlm)
                 bare = contrast
                 drawn = work.answer(self.vlm, rows, reweigh=lambda i: _Contrasted(self.vlm, self._worn, bare, i))
         seconds = (time.perf_counter() - start) / len(asks)
@@ -76,6 +77,16 @@ class LocalAnswerer:
             else Said(one.text, one.n_tokens, one.n_prompt, seconds, cut=not one.ended and one.limit == "model_length")
             for one in drawn
         ]
+
+
+def _refuse_encoder(vlm: VLM) -> None:
+    if vlm.anatomy.encoder_path is not None:
+        raise SafeglassesError(
+            "decoding by contrast needs a model without an encoder",
+            given=f"{vlm.source}, an encoder–decoder: what is worn would also change what its encoder says",
+            expected="a decoder-only model",
+            do="leave the contrast out of the stack",
+        )
 
 
 def memory_per_token(vlm: VLM) -> int:

@@ -41,17 +41,18 @@ def greedy(vlm: VLM, prompts: Sequence[Prompt], n_tokens: int) -> list[Path]:
         eos_token_id=list(vlm.stop_ids) or None,
         pad_token_id=vlm.tokenizer.pad_token_id,
         bos_token_id=vlm.tokenizer.bos_token_id,
+        decoder_start_token_id=next(iter(vlm.start_ids), None),
     )
     generate: Any = vlm.model.generate
     answers: list[Path] = [()] * len(prompts)
     for rows in _batches(vlm, prompts):
         batch = vlm.encode([prompts[i].chat() for i in rows], padding_side="left").to(vlm.device)
-        inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
+        inputs = vlm.encoder.to_generate(batch)
         theirs = vlm.model.generation_config
         vlm.model.generation_config = ours  # else generate() fills what is left open from the checkpoint's
         try:
             with torch.no_grad():
-                tokens = generate(**inputs, generation_config=ours)[:, batch.inputs["input_ids"].shape[1] :]
+                tokens = generate(**inputs, generation_config=ours)[:, batch.ids.shape[1] :]
         finally:
             vlm.model.generation_config = theirs
         for row, answer in zip(rows, tokens.tolist(), strict=True):
@@ -75,7 +76,7 @@ def pieces(vlm: VLM, prompts: Sequence[Prompt], paths: Sequence[Path]) -> Iterat
 
 def logprobs(vlm: VLM, piece: Piece) -> Float[Tensor, "row position vocab"]:
     """Return log-probabilities of every next token, from in front of the answer's first to behind its last."""
-    start = piece.batch.inputs["input_ids"].shape[1] - piece.length - 1
+    start = piece.batch.ids.shape[1] - piece.length - 1
     with torch.no_grad():
         return vlm.forward(piece.batch, logits_from=start).float().log_softmax(dim=-1)
 
@@ -88,11 +89,14 @@ def _batches(vlm: VLM, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 def _appended(batch: Batch, block: Tensor) -> Batch:
     """Put a block of tokens behind prompts that are padded on the left."""
-    width, length = batch.inputs["input_ids"].shape[1], block.shape[1]
+    width, length, of_both = batch.ids.shape[1], block.shape[1], batch.encoder is not None
+    mask, ids = ("decoder_attention_mask", "decoder_input_ids") if of_both else ("attention_mask", "input_ids")
     inputs = dict(batch.inputs)
     for name, value in batch.inputs.items():
-        if name == "input_ids":
+        if name == ids:
             tail = block
+        elif of_both and name != mask:
+            continue  # the encoder's
         elif value.is_floating_point() or value.ndim < 2 or value.shape[:2] != (len(block), width):
             continue  # pictures and what describes them
         elif name == "position_ids":
@@ -100,7 +104,7 @@ def _appended(batch: Batch, block: Tensor) -> Batch:
         elif name == "cross_attention_mask":  # an answer sees the pictures that the end of its prompt sees
             tail = value[:, -1:].expand(-1, length, *value.shape[2:])
         else:
-            tail = torch.full_like(value[:, :1], int(name == "attention_mask")).expand(-1, length)
+            tail = torch.full_like(value[:, :1], int(name == mask)).expand(-1, length)
         inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
     masks = {
         name: torch.nn.functional.pad(mask, (0, length), value=name == "response_mask")
@@ -110,4 +114,4 @@ def _appended(batch: Batch, block: Tensor) -> Batch:
             ("image_mask", batch.image_mask),
         )
     }
-    return Batch(inputs=inputs, prompt_length=batch.prompt_length, **masks)
+    return Batch(inputs=inputs, prompt_length=batch.prompt_length, **masks, encoder=batch.encoder)

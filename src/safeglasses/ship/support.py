@@ -40,12 +40,8 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
     config: Any = model.config
     try:
         loading.auto_class(config.model_type, config)
-    except SafeglassesError:
-        why = (
-            "an encoder–decoder is not loaded"
-            if config.is_encoder_decoder
-            else "no Auto class that writes text loads it"
-        )
+    except SafeglassesError as error:
+        why = error.what if config.is_encoder_decoder else "no Auto class that writes text loads it"
         return tuple(Support(action, "no", why) for action in ACTIONS)
     experts = next((site for site in anatomy.neurons if site.expert is not None), None)
     tied = _tied(model, anatomy)
@@ -64,7 +60,7 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
         limits["fold"] = tied
     keys = anatomy.cross_attention_keys
     if keys and "capture" not in limits:
-        limits["capture"] = "keys and values of cross-attention read other tokens than the decoder's"
+        limits["capture"] = "keys and values of cross-attention read other tokens than the decoder's own"
     found = [
         Support(action, "linear maps" if action in limits else "yes", limits.get(action, "")) for action in ACTIONS[:5]
     ]

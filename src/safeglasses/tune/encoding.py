@@ -89,7 +89,7 @@ def encoded(vlm: VLM, examples: Sequence[Example]) -> dict[str, Tensor]:
     Labels are the tokens of the answer and of the end of the turn; `IGNORED` everywhere else.
     """
     batch = vlm.encode([example.chat() for example in examples], end_of_turn=True)
-    labels = batch.inputs["input_ids"].masked_fill(~batch.response_mask, IGNORED)
+    labels = batch.ids.masked_fill(~batch.response_mask, IGNORED)
     return {**batch.inputs, "labels": labels}
 
 
