@@ -99,13 +99,10 @@ def table(rows: Sequence[Mapping[str, Any]], every: Sequence[Mapping[str, Any]],
             name, change = worst
             low, high = f"{100 * change['low']:+.1f}", f"{100 * change['high']:+.1f}"
             said = f"{name.removeprefix('utility:')} {100 * change['value']:+.1f} ({low} to {high})"
-        apart = (
-            100 * by[row["defence"], condition]["harmful_rate"]["value"] for condition in ("standard", "adversarial")
-        )
+        apart = (by[row["defence"], condition]["harmful_rate"] for condition in ("standard", "adversarial"))
         cells = (
             f"`{names[row['defence']]}`",
-            f"{100 * rate['value']:.1f} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})",
-            *(f"{value:.1f}" for value in apart),
+            *(f"{100 * r['value']:.1f} ({100 * r['low']:.1f}–{100 * r['high']:.1f})" for r in (rate, *apart)),
             said,
             f"{100 * row['refusal_on_benign']['value']:.1f}",
             f"{cost['calls']:.2f}",

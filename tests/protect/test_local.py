@@ -119,6 +119,7 @@ def test_the_worn_model_goes_on_from_its_own_cache_in_every_family(name, tmp_pat
     glasses = both_sides(vlm)
     bare = [o.text for o in run("none", vlm)]
     worn = [o.text for o in run("none", vlm, worn=[glasses])]
+    assert bare != worn
     assert contrast(vlm, glasses, 0, 10**6, SAMPLED) == bare
     assert contrast(vlm, glasses, 1, 10**6, SAMPLED) == worn
 
