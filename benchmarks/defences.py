@@ -124,12 +124,12 @@ def main() -> None:
     options = parser.parse_args()
     drawn = write_benchmark(options.work / "benchmark", seed=SEED)
     asked = GridAsked(
-        stacks(options.demo),
-        options.work / "grid",
-        drawn.prompts,
-        [f"lexicon:{drawn.lexicon}"],
-        f"lexicon:{drawn.refusals}",
-        ROOT / "recipes" / "defences_miniature.toml",
+        defences=stacks(options.demo),
+        out=options.work / "grid",
+        prompts=drawn.prompts,
+        judges=[f"lexicon:{drawn.lexicon}"],
+        refusals=f"lexicon:{drawn.refusals}",
+        recipe=ROOT / "recipes" / "defences_miniature.toml",
         limit=options.limit,
     )
     grid = grid_model(CHECKPOINT, asked)

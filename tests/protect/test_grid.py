@@ -109,7 +109,13 @@ def test_stacks_need_names_of_their_own():
 def test_the_grid_of_the_miniature_resumes_and_has_a_page(prompts_file, tmp_path):  # noqa: F811
     def run(*defences: str, **options) -> dict:
         asked = GridAsked(
-            defences, tmp_path / "out", prompts_file, [f"lexicon:{LEXICON}"], f"lexicon:{REFUSALS}", limit=8, **options
+            defences=defences,
+            out=tmp_path / "out",
+            prompts=prompts_file,
+            judges=[f"lexicon:{LEXICON}"],
+            refusals=f"lexicon:{REFUSALS}",
+            limit=8,
+            **options,
         )
         return grid_model(CHECKPOINT, asked)
 

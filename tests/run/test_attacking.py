@@ -33,10 +33,10 @@ def folder(tmp_path_factory) -> Path:
 def asked(folder, tmp_path_factory) -> AttackAsked:
     """A small attack."""
     return AttackAsked(
-        [FILTER],
-        tmp_path_factory.mktemp("attack"),
-        folder / "prompts.jsonl",
-        [f"lexicon:{LEXICON}", "linear"],
+        defences=[FILTER],
+        out=tmp_path_factory.mktemp("attack"),
+        prompts=folder / "prompts.jsonl",
+        judges=[f"lexicon:{LEXICON}", "linear"],
         attacker=RECIPE,
         known=[folder / "pairs.jsonl"],
         queries=3,

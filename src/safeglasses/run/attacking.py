@@ -21,30 +21,19 @@ from safeglasses.protect.attacker import Attacker, known_wrappers, read_attacker
 from safeglasses.report.attack_page import write_attack_page
 from safeglasses.run.inputs import drawn_from, rows_of
 from safeglasses.run.siege import Plan, Siege
-from safeglasses.run.stacks import circular, decoding_of, refuse_misfits, stacks_of
+from safeglasses.run.stacks import StacksAsked, circular, decoding_of, refuse_misfits, stacks_of
 
 SCHEMA = 1
 KINDS = ("wrappers", "universal", "search")
 
 
-@dataclass(frozen=True)
-class AttackAsked:
-    """What is attacked and how, as a command or a caller says it."""
+@dataclass(frozen=True, kw_only=True)
+class AttackAsked(StacksAsked):
+    """What is attacked, and how; of the prompts only the eliciting ones are asked.
 
-    defences: Sequence[str]
-    """Stacks as texts, or names of the recipe; `NONE` is added in front, to compare with."""
-    out: Path
-    """Where the answers, ``attack.json`` and ``attack.html`` go; what is there is gone on with."""
-    prompts: str | Path | None = None
-    """Prompts, of which only the eliciting ones are asked; None: those of MM-TOXIC-QA (open)."""
-    judges: Sequence[str] | None = None
-    """As `judge_from` reads them: the first decides and serves the attacker, the others bear witness."""
-    recipe: Path | None = None
-    """Names of stacks, prompts, what happens on failure."""
-    defence_judge: str | None = None
-    """Who judges inside stacks; None: as the recipe says."""
-    on_failure: str | None = None
-    """``closed`` or ``open``; None: as the recipe says."""
+    The first judge decides and serves the attacker, further ones bear witness.
+    """
+
     attacker: Path | None = None
     """Wrappers and words; None: those that ship."""
     kinds: Sequence[str] = KINDS
@@ -57,20 +46,10 @@ class AttackAsked:
     """Of the searches: per prompt, and suffixes tried for the universal one."""
     suffix_words: int = 3
     """Words of a suffix."""
-    split: str = "test"
-    """``find``, ``calibrate``, ``test`` or ``all``."""
     search_split: str = "calibrate"
     """Where the universal suffix is searched; never the split that it is tried on."""
     search_limit: int = 48
     """At most so many prompts there."""
-    greedy: bool = False
-    """Take the likeliest tokens instead of sampling at temperature 1."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    seed: int = 0
-    """Of sampling and of the searches."""
-    limit: int | None = None
-    """At most so many prompts: always the same draw, whatever the seed."""
 
 
 def attack_model(
@@ -109,7 +88,7 @@ def attack_model(
     search = _search_rows(asked, rows) if "universal" in asked.kinds else ()
     attacker = shipped_attacker() if asked.attacker is None else read_attacker(asked.attacker)
     known = _known(asked, attacker, every, show) if "wrappers" in asked.kinds else {}
-    stacks = stacks_of(asked.defences, asked.recipe, asked.defence_judge, asked.on_failure)
+    stacks = stacks_of(asked)
     deciding = circular(stacks, judges[0], show)
     plan = Plan(tuple(asked.kinds), attacker, asked.queries, asked.suffix_words, asked.greedy, asked.seed)
     most = plan.most_queries(len(rows), len(search))
@@ -117,7 +96,7 @@ def attack_model(
     with show.stage("load the model"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
     refuse_misfits(stacks, vlm)
-    decoding = decoding_of(asked.greedy, asked.max_new_tokens, asked.seed)
+    decoding = decoding_of(asked)
     siege = Siege(vlm, plan, judges, decoding, resolve_batch_size(vlm, batch_size), asked.out / "answers", show)
     tried: list[Tried] = []
     universal: dict[str, Universal] = {}

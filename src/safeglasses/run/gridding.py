@@ -1,6 +1,5 @@
 """Answer the same prompts by many stacks of defences, judge all answers, and write down what each buys and costs."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,41 +16,17 @@ from safeglasses.protect.local import LocalAnswerer, memory_per_token
 from safeglasses.protect.running import protect
 from safeglasses.report.grid_page import write_grid_page
 from safeglasses.run.inputs import drawn_from, rows_of
-from safeglasses.run.stacks import circular, decoding_of, refuse_misfits, slug, stacks_of
+from safeglasses.run.stacks import StacksAsked, circular, decoding_of, refuse_misfits, slug, stacks_of
 
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class GridAsked:
+@dataclass(frozen=True, kw_only=True)
+class GridAsked(StacksAsked):
     """What is compared, as a command or a caller says it."""
 
-    defences: Sequence[str]
-    """Stacks as texts, or names of the recipe; `NONE` is added in front, to compare with."""
-    out: Path
-    """Where the answers, ``grid.json`` and ``grid.html`` go; what is there is gone on with."""
-    prompts: str | Path | None = None
-    """Prompts; None: those of MM-TOXIC-QA (open)."""
-    judges: Sequence[str] | None = None
-    """As `judge_from` reads them, the first decides; None: those that ship."""
     refusals: str | None = None
     """Who tells refusals; None: the shipped phrases."""
-    recipe: Path | None = None
-    """Names of stacks, prompts, what happens on failure."""
-    defence_judge: str | None = None
-    """Who judges inside stacks; None: as the recipe says."""
-    on_failure: str | None = None
-    """``closed`` or ``open``; None: as the recipe says."""
-    split: str = "test"
-    """``find``, ``calibrate``, ``test`` or ``all``."""
-    greedy: bool = False
-    """Take the likeliest tokens instead of sampling at temperature 1."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    seed: int = 0
-    """Of sampling."""
-    limit: int | None = None
-    """At most so many prompts: always the same draw, whatever the seed."""
 
 
 def grid_model(
@@ -86,12 +61,12 @@ def grid_model(
     judges = panel_from(asked.judges)
     refusals = refusal_judge() if asked.refusals is None else judge_from(asked.refusals)
     rows = drawn_from(rows_of(asked.prompts, asked.split)[1], asked.limit)
-    stacks = stacks_of(asked.defences, asked.recipe, asked.defence_judge, asked.on_failure)
+    stacks = stacks_of(asked)
     deciding = circular(stacks, judges[0], show)
     with show.stage("load the model"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
     refuse_misfits(stacks, vlm)
-    decoding = decoding_of(asked.greedy, asked.max_new_tokens, asked.seed)
+    decoding = decoding_of(asked)
     size = resolve_batch_size(vlm, batch_size)
     measured = []
     for stack in stacks:

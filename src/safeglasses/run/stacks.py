@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,47 @@ from safeglasses.protect.compose import NONE, Kit, compose, read_kit
 from safeglasses.protect.stack import Protection
 
 
-def stacks_of(
-    defences: Sequence[str], recipe: Path | None, judge: str | None, on_failure: str | None
-) -> list[Protection]:
-    """Build stacks, each once, with `NONE` in front: what they are compared with.
+@dataclass(frozen=True, kw_only=True)
+class StacksAsked:
+    """What is said of stacks of defences, and of the answers that they give."""
 
-    Args:
-        defences: stacks as texts, or names of the recipe.
-        recipe: names of stacks, prompts, what happens on failure.
-        judge: who judges inside stacks; None: as the recipe says.
-        on_failure: ``closed`` or ``open``; None: as the recipe says.
+    defences: Sequence[str]
+    """Stacks as texts, or names of the recipe; `NONE` is added in front, to compare with."""
+    out: Path
+    """Where answers, the record and the page go; what is there is gone on with."""
+    prompts: str | Path | None = None
+    """Prompts; None: those of MM-TOXIC-QA (open)."""
+    judges: Sequence[str] | None = None
+    """As `judge_from` reads them, the first decides; None: those that ship."""
+    recipe: Path | None = None
+    """Names of stacks, prompts, what happens on failure."""
+    defence_judge: str | None = None
+    """Who judges inside stacks; None: as the recipe says."""
+    on_failure: str | None = None
+    """``closed`` or ``open``; None: as the recipe says."""
+    split: str = "test"
+    """``find``, ``calibrate``, ``test`` or ``all``."""
+    greedy: bool = False
+    """Take the likeliest tokens instead of sampling at temperature 1."""
+    max_new_tokens: int = 64
+    """Longest answer."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    limit: int | None = None
+    """At most so many prompts: always the same draw, whatever the seed."""
+
+
+def stacks_of(asked: StacksAsked) -> list[Protection]:
+    """Build stacks, each once, with `NONE` in front.
 
     Raises:
         SafeglassesError: as `read_kit` and `compose`.
     """
-    kit = Kit() if recipe is None else read_kit(recipe)
-    changes: dict[str, Any] = {} if judge is None else {"judge": judge}
-    changes |= {} if on_failure is None else {"on_failure": on_failure}
+    kit = Kit() if asked.recipe is None else read_kit(asked.recipe)
+    changes: dict[str, Any] = {} if asked.defence_judge is None else {"judge": asked.defence_judge}
+    changes |= {} if asked.on_failure is None else {"on_failure": asked.on_failure}
     kit = replace(kit, **changes)
-    return [compose(name, kit) for name in dict.fromkeys((NONE, *defences))]
+    return [compose(name, kit) for name in dict.fromkeys((NONE, *asked.defences))]
 
 
 def circular(stacks: Sequence[Protection], judge: Judge, show: Progress) -> list[str]:
@@ -57,10 +79,10 @@ def refuse_misfits(stacks: Sequence[Protection], vlm: VLM) -> None:
                 pass
 
 
-def decoding_of(greedy: bool, max_new_tokens: int, seed: int) -> Decoding:
-    """Return how a command's answers are drawn: sampled at temperature 1, or greedily."""
-    drawn = GREEDY if greedy else SAMPLED
-    return Decoding(drawn.name, drawn.temperature, max_new_tokens, seed)
+def decoding_of(asked: StacksAsked) -> Decoding:
+    """Return how answers are drawn: sampled at temperature 1, or greedily."""
+    drawn = GREEDY if asked.greedy else SAMPLED
+    return Decoding(drawn.name, drawn.temperature, asked.max_new_tokens, asked.seed)
 
 
 def slug(name: str) -> str:
