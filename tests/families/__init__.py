@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-from families import both, llavas, moes, others, qwens
+from families import both, gemmas, llavas, moes, others, qwens
 from families.parts import VOCAB, Family
 
 _CORPUS = (
@@ -25,11 +25,15 @@ TEMPLATE = (
     "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SPECS = {**llavas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS}
+_SPECS = {**llavas.SPECS, **gemmas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS}
 _NEED_TORCHVISION = () if is_torchvision_available() else ("mistral3",)
-FAMILIES = tuple(n for n, spec in _SPECS.items() if spec.template and n not in (*_NEED_TORCHVISION, *moes.SPECS))
-"""The families that can chat here; ``paligemma`` can be built too, but has no chat template, and so can `moes`."""
+FAMILIES = tuple(name for name in _SPECS if name not in _NEED_TORCHVISION)
+"""The families that can chat here."""
+MIXTURES = tuple(name for name in FAMILIES if name in moes.SPECS)
+"""Those with fused experts, beside linear maps or in all layers."""
 TEXT_ONLY = tuple(name for name in FAMILIES if _SPECS[name].processor is None)
+PICTURES = {name: () if name in TEXT_ONLY else _SPECS[name].pictures for name in FAMILIES}
+"""How many pictures one chat with each family may hold, as far as the tests go."""
 SIZES = ((24, 24), (40, 24), (24, 60), (12, 12), (33, 50))
 """Picture sizes that families treat differently."""
 
@@ -41,7 +45,7 @@ def build(family: str, folder: Path) -> Path:
     tokenizer = _tokenizer(spec)
     ids = tokenizer.get_vocab()
     config = spec.config(ids)
-    module = importlib.import_module("." + type(config).model_type.replace("-", "_"), "transformers.models")
+    module = importlib.import_module(type(config).__module__.rpartition(".")[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(module, spec.model)(config).eval()
@@ -54,7 +58,7 @@ def build(family: str, folder: Path) -> Path:
     model.generation_config.pad_token_id = ids["<pad>"]
     model.generation_config.bos_token_id = ids["<s>"]
     model.save_pretrained(folder)
-    template = TEMPLATE.replace("IMAGE", spec.image) if spec.template else None
+    template = TEMPLATE.replace("IMAGE", spec.image)
     if spec.processor is None:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)

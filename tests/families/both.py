@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
 
-from families.llavas import GEMMA
+from families.gemmas import GEMMA
 from families.parts import IMAGE, SIZE, VOCAB, Family, get, pil, text, vision
 
 
@@ -77,7 +77,9 @@ def _t5gemma2_processor(tokenizer: Any) -> ProcessorMixin:
 
 
 SPECS: dict[str, Family] = {
-    "florence2": Family(_florence2, "Florence2ForConditionalGeneration", _florence2_processor, named=IMAGE),
+    "florence2": Family(
+        _florence2, "Florence2ForConditionalGeneration", _florence2_processor, named=IMAGE, pictures=(0, 1)
+    ),
     "t5gemma2": Family(
         _t5gemma2,
         "T5Gemma2ForConditionalGeneration",

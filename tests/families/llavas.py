@@ -13,7 +13,6 @@ _INTERN = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 
 
 def _llava(ids: dict[str, int]) -> Any:
@@ -99,47 +98,6 @@ def _internvl_processor(tokenizer: Any) -> ProcessorMixin:
     )
 
 
-def _gemma3(ids: dict[str, int]) -> Any:
-    return get("gemma3.Gemma3Config")(
-        text_config=text(
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=12,
-            layer_types=["sliding_attention", "full_attention"],
-            tie_word_embeddings=True,
-        ),
-        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision()},
-        mm_tokens_per_image=9,
-        image_token_index=ids["<image_soft_token>"],
-        boi_token_index=ids["<start_of_image>"],
-        eoi_token_index=ids["<end_of_image>"],
-    )
-
-
-def _gemma3_processor(tokenizer: Any) -> ProcessorMixin:
-    return get("gemma3.Gemma3Processor")(
-        image_processor=pil("gemma3", "Gemma3ImageProcessorPil")(size=SIZE),
-        tokenizer=tokenizer,
-        image_seq_length=9,
-    )
-
-
-def _paligemma(ids: dict[str, int]) -> Any:
-    return get("paligemma.PaliGemmaConfig")(
-        text_config={"model_type": "gemma", **text(head_dim=8)},
-        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision()},
-        image_token_index=ids["<image>"],
-        projection_dim=32,
-        hidden_size=32,
-    )
-
-
-def _paligemma_processor(tokenizer: Any) -> ProcessorMixin:
-    images = pil("siglip", "SiglipImageProcessorPil")(size=SIZE)
-    images.image_seq_length = 9
-    return get("paligemma.PaliGemmaProcessor")(image_processor=images, tokenizer=tokenizer)
-
-
 def _mistral3(ids: dict[str, int]) -> Any:
     return get("mistral3.Mistral3Config")(
         text_config={"model_type": "mistral", **text(head_dim=8)},
@@ -161,6 +119,55 @@ def _mistral3_processor(tokenizer: Any) -> ProcessorMixin:
     )
 
 
+def _aya_vision(ids: dict[str, int]) -> Any:
+    """Attention and feed-forward read the same norm, side by side."""
+    return get("aya_vision.AyaVisionConfig")(
+        text_config={"model_type": "cohere2", **text(head_dim=8, sliding_window=12, logit_scale=1.0)},
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision(image_size=32)},
+        image_token_index=ids["<|IMG_PATCH|>"],
+        alignment_intermediate_size=32,
+    )
+
+
+def _aya_vision_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("got_ocr2", "GotOcr2ImageProcessorPil")(
+        size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=2
+    )
+    return get("aya_vision.AyaVisionProcessor")(
+        image_processor=images, tokenizer=tokenizer, patch_size=8, img_size=32, downsample_factor=2
+    )
+
+
+def _deepseek_vl(ids: dict[str, int]) -> Any:
+    return get("deepseek_vl.DeepseekVLConfig")(
+        text_config={"model_type": "llama", **text()},
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision()},
+        image_token_id=ids["<image_placeholder>"],
+        tie_word_embeddings=False,
+    )
+
+
+def _deepseek_vl_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("deepseek_vl", "DeepseekVLImageProcessorPil")(size=SIZE, min_size=8)
+    return get("deepseek_vl.DeepseekVLProcessor")(image_processor=images, tokenizer=tokenizer, num_image_tokens=9)
+
+
+def _video_llama_3(ids: dict[str, int]) -> Any:
+    return get("video_llama_3.VideoLlama3Config")(
+        text_config={"model_type": "qwen2", **text()},
+        vision_config=vision(patch_size=4),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+    )
+
+
+def _video_llama_3_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("video_llama_3", "VideoLlama3ImageProcessorPil")(
+        patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}
+    )
+    return without_video("video_llama_3.VideoLlama3Processor")(image_processor=images, tokenizer=tokenizer)
+
+
 SPECS: dict[str, Family] = {
     "llava": Family(_llava, "LlavaForConditionalGeneration", _llava_processor, named=IMAGE, image="<image>"),
     "llava_next": Family(
@@ -180,22 +187,32 @@ SPECS: dict[str, Family] = {
         named=_INTERN,
         image="<IMG_CONTEXT>",
     ),
-    "gemma3": Family(
-        _gemma3, "Gemma3ForConditionalGeneration", _gemma3_processor, named=GEMMA, image="<start_of_image>"
-    ),
-    "paligemma": Family(
-        _paligemma,
-        "PaliGemmaForConditionalGeneration",
-        _paligemma_processor,
-        named=IMAGE,
-        image="<image>",
-        template=False,
-    ),
     "mistral3": Family(
         _mistral3,
         "Mistral3ForConditionalGeneration",
         _mistral3_processor,
         tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         image="[IMG]",
+    ),
+    "aya_vision": Family(
+        _aya_vision,
+        "AyaVisionForConditionalGeneration",
+        _aya_vision_processor,
+        tokens=("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL"),
+        image="<image>",
+    ),
+    "deepseek_vl": Family(
+        _deepseek_vl,
+        "DeepseekVLForConditionalGeneration",
+        _deepseek_vl_processor,
+        named={"image_token": "<image_placeholder>"},
+        image="<image_placeholder>",
+    ),
+    "video_llama_3": Family(
+        _video_llama_3,
+        "VideoLlama3ForConditionalGeneration",
+        _video_llama_3_processor,
+        named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        image="<|image_pad|>",
     ),
 }

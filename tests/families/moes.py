@@ -9,6 +9,16 @@ from families import qwens
 from families.parts import IMAGE, MROPE, Family, get, pil, text, vision, without_video
 
 
+def _qwen3_vl_moe(ids: dict[str, int]) -> Any:
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    return get("qwen3_vl_moe.Qwen3VLMoeConfig")(
+        text_config=text(rope_parameters=MROPE, head_dim=8, **moe),
+        vision_config=qwens.qwen3_vision(),
+        tie_word_embeddings=False,
+        **qwens.qwen_ids(ids),
+    )
+
+
 def _qwen3_5_moe(ids: dict[str, int]) -> Any:
     """One layer of linear attention, one of full; a shared expert beside the fused ones."""
     like = qwens.SPECS["qwen3_vl"].config(ids)
@@ -73,9 +83,7 @@ def _ernie_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("ernie4_5_vl_moe", "Ernie4_5_VLMoeImageProcessorPil")(
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
     )
-    made = without_video("ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor")
-    made.save_pretrained = ProcessorMixin.save_pretrained  # its own also copies a font of the video half
-    return made(image_processor=images, tokenizer=tokenizer)
+    return without_video("ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor")(image_processor=images, tokenizer=tokenizer)
 
 
 def _aria(ids: dict[str, int]) -> Any:
@@ -100,6 +108,7 @@ def _gpt_oss(ids: dict[str, int]) -> Any:
 
 
 SPECS: dict[str, Family] = {
+    "qwen3_vl_moe": replace(qwens.SPECS["qwen3_vl"], config=_qwen3_vl_moe, model="Qwen3VLMoeForConditionalGeneration"),
     "qwen3_5_moe": replace(qwens.SPECS["qwen3_vl"], config=_qwen3_5_moe, model="Qwen3_5MoeForConditionalGeneration"),
     "glm4v_moe": replace(qwens.SPECS["glm4v"], config=_glm4v_moe, model="Glm4vMoeForConditionalGeneration"),
     "ernie4_5_vl_moe": Family(

@@ -33,6 +33,47 @@ def _idefics3_processor(tokenizer: Any) -> ProcessorMixin:
     )
 
 
+def _blip_2(ids: dict[str, int]) -> Any:
+    """The processor puts a fixed number of placeholders before the prompt, whatever its template says."""
+    options = text(ffn_dim=48, word_embed_proj_dim=32)
+    del options["num_key_value_heads"], options["intermediate_size"]
+    return get("blip_2.Blip2Config")(
+        text_config={"model_type": "opt", **options},
+        vision_config=vision(),
+        qformer_config=vision(encoder_hidden_size=16),
+        num_query_tokens=5,
+        image_token_index=ids["<image>"],
+    )
+
+
+def _blip_2_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("blip", "BlipImageProcessorPil")(size=SIZE)
+    return get("blip_2.Blip2Processor")(images, tokenizer, num_query_tokens=5)
+
+
+def _idefics2(ids: dict[str, int]) -> Any:
+    """A resampler asks each picture a fixed number of questions."""
+    return get("idefics2.Idefics2Config")(
+        text_config={"model_type": "mistral", **text(head_dim=8)},
+        vision_config=vision(patch_size=4),
+        perceiver_config={
+            "hidden_size": 32,
+            "resampler_n_latents": 5,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 2,
+        },
+        image_token_id=ids["<image>"],
+        tie_word_embeddings=False,
+    )
+
+
+def _idefics2_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("idefics2", "Idefics2ImageProcessorPil")(size={"shortest_edge": 8, "longest_edge": 24})
+    return get("idefics2.Idefics2Processor")(images, tokenizer=tokenizer, image_seq_len=5)
+
+
 def _mllama(ids: dict[str, int]) -> Any:
     tiles = vision(num_global_layers=1, attention_heads=2, vision_output_dim=32, intermediate_layers_indices=[0])
     del tiles["num_attention_heads"]
@@ -65,6 +106,11 @@ def _gpt2(ids: dict[str, int]) -> Any:
     )
 
 
+def _phi(ids: dict[str, int]) -> Any:
+    """Attention and feed-forward read the same norm, side by side; biases everywhere."""
+    return get("phi.PhiConfig")(**text(partial_rotary_factor=0.5))
+
+
 def _opt(ids: dict[str, int]) -> Any:
     options = text(ffn_dim=48, word_embed_proj_dim=32)
     del options["num_key_value_heads"], options["intermediate_size"]
@@ -79,6 +125,14 @@ SPECS: dict[str, Family] = {
         tokens=_IDEFICS_TOKENS,
         image="<image>",
     ),
+    "blip_2": Family(_blip_2, "Blip2ForConditionalGeneration", _blip_2_processor, tokens=("<image>",), pictures=(1,)),
+    "idefics2": Family(
+        _idefics2,
+        "Idefics2ForConditionalGeneration",
+        _idefics2_processor,
+        tokens=_IDEFICS_TOKENS,
+        image="<image>",
+    ),
     "mllama": Family(
         _mllama,
         "MllamaForConditionalGeneration",
@@ -89,5 +143,6 @@ SPECS: dict[str, Family] = {
     ),
     "llama": Family(_llama, "LlamaForCausalLM"),
     "gpt2": Family(_gpt2, "GPT2LMHeadModel"),
+    "phi": Family(_phi, "PhiForCausalLM"),
     "opt": Family(_opt, "OPTForCausalLM"),
 }

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
 
+from safeglasses.model import processors
+
 VOCAB = 400
 SIZE = {"height": 24, "width": 24}
 MROPE = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
@@ -29,8 +31,8 @@ class Family:
     """Named special tokens of the tokenizer (``image_token`` …)."""
     image: str = ""
     """What the chat template writes for a picture."""
-    template: bool = True
-    """Whether the checkpoint has a chat template."""
+    pictures: tuple[int, ...] = (0, 1, 2)
+    """How many pictures one chat may hold, as far as the tests go."""
 
 
 def get(path: str) -> Any:
@@ -45,9 +47,7 @@ def pil(package: str, name: str) -> Any:
 
 def without_video(path: str) -> Any:
     """Return a processor class without its video half, which would need torchvision."""
-    known = get(path)
-    parts = [part for part in known.get_attributes() if part != "video_processor"]
-    return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _cls: list(parts))})
+    return processors.without_video(get(path))
 
 
 def text(**more: Any) -> dict[str, Any]:

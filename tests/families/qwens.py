@@ -12,7 +12,7 @@ _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>")
 _GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 
 
-def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
+def qwen_ids(ids: dict[str, int]) -> dict[str, int]:
     return {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
@@ -33,7 +33,7 @@ def _qwen2_vl(ids: dict[str, int]) -> Any:
             "mlp_ratio": 2,
         },
         tie_word_embeddings=False,
-        **_qwen_ids(ids),
+        **qwen_ids(ids),
     )
 
 
@@ -51,11 +51,11 @@ def _qwen2_5_vl(ids: dict[str, int]) -> Any:
             "fullatt_block_indexes": [1],
         },
         tie_word_embeddings=False,
-        **_qwen_ids(ids),
+        **qwen_ids(ids),
     )
 
 
-def _qwen3_vision() -> dict[str, Any]:
+def qwen3_vision() -> dict[str, Any]:
     return {
         "depth": 2,
         "hidden_size": 16,
@@ -71,19 +71,28 @@ def _qwen3_vision() -> dict[str, Any]:
 def _qwen3_vl(ids: dict[str, int]) -> Any:
     return get("qwen3_vl.Qwen3VLConfig")(
         text_config=text(rope_parameters=MROPE, head_dim=8),
-        vision_config=_qwen3_vision(),
+        vision_config=qwen3_vision(),
         tie_word_embeddings=False,
-        **_qwen_ids(ids),
+        **qwen_ids(ids),
     )
 
 
-def _qwen3_vl_moe(ids: dict[str, int]) -> Any:
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
-    return get("qwen3_vl_moe.Qwen3VLMoeConfig")(
-        text_config=text(rope_parameters=MROPE, head_dim=8, **moe),
-        vision_config=_qwen3_vision(),
+def _qwen3_5(ids: dict[str, int]) -> Any:
+    """One layer of linear attention, one of full."""
+    heads = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+    heads |= {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
+    tower = qwen3_vision()
+    del tower["deepstack_visual_indexes"]
+    return get("qwen3_5.Qwen3_5Config")(
+        text_config=text(
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            rope_parameters={**MROPE, "partial_rotary_factor": 1.0},
+            **heads,
+        ),
+        vision_config=tower,
         tie_word_embeddings=False,
-        **_qwen_ids(ids),
+        **qwen_ids(ids),
     )
 
 
@@ -126,16 +135,16 @@ SPECS: dict[str, Family] = {
         package: Family(
             config,
             f"{stem}ForConditionalGeneration",
-            _qwen_processor(f"{package.removesuffix('_moe')}.{stem.removesuffix('Moe')}Processor"),
+            _qwen_processor(processor),
             tokens=_QWEN_TOKENS,
             named=_QWEN,
             image="<|vision_start|><|image_pad|><|vision_end|>",
         )
-        for package, stem, config in (
-            ("qwen2_vl", "Qwen2VL", _qwen2_vl),
-            ("qwen2_5_vl", "Qwen2_5_VL", _qwen2_5_vl),
-            ("qwen3_vl", "Qwen3VL", _qwen3_vl),
-            ("qwen3_vl_moe", "Qwen3VLMoe", _qwen3_vl_moe),
+        for package, stem, config, processor in (
+            ("qwen2_vl", "Qwen2VL", _qwen2_vl, "qwen2_vl.Qwen2VLProcessor"),
+            ("qwen2_5_vl", "Qwen2_5_VL", _qwen2_5_vl, "qwen2_5_vl.Qwen2_5_VLProcessor"),
+            ("qwen3_vl", "Qwen3VL", _qwen3_vl, "qwen3_vl.Qwen3VLProcessor"),
+            ("qwen3_5", "Qwen3_5", _qwen3_5, "qwen3_vl.Qwen3VLProcessor"),
         )
     },
     "glm4v": Family(

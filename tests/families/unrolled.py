@@ -21,8 +21,6 @@ LINEARS: Mapping[Side, tuple[str, Side]] = {
 """Which side of which linear map each side of an expert is."""
 NOT_OURS = "ignore:__array__ implementation:DeprecationWarning"
 """NumPy's remark on how transformers' GLM and Ernie processors make arrays of tensors."""
-ROUTED = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria", "gpt_oss")
-"""Families with fused experts; the last knows no pictures."""
 
 
 class Expert(nn.Module):

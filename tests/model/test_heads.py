@@ -16,7 +16,7 @@ from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # glm4v's processor
-FUSED = ("gpt2",)  # queries, keys and values in one map
+FUSED = ("gpt2", "qwen3_5", "qwen3_5_moe")  # queries, keys and values in one map of the first layer
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

@@ -80,8 +80,9 @@ def test_hub_while_offline() -> None:
     )
 
 
-def test_no_chat_template(tmp_path: Path) -> None:
-    folder = families.build("paligemma", tmp_path / "paligemma")
+def test_no_chat_template(copied: Path) -> None:
+    folder = copied
+    (folder / "chat_template.jinja").unlink()
     with pytest.raises(SafeglassesError) as caught:
         load(folder)
     assert str(caught.value) == (
@@ -137,7 +138,7 @@ def test_processor_that_needs_torchvision(copied: Path) -> None:
     with pytest.raises(SafeglassesError) as caught:
         load(copied)
     assert caught.value.what == "the checkpoint's processor needs a library that is not installed"
-    assert caught.value.do == "pip install torchvision"
+    assert caught.value.do == "install the library named above (most often: pip install torchvision)"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families.unrolled import NOT_OURS, ROUTED, chat, hooked, unrolled
+import families
+from families.unrolled import NOT_OURS, chat, hooked, unrolled
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.experts import Experts
 from safeglasses.model.hooks import replaced, scaled, tap, tap_routed
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(NOT_OURS)
 QWEN = "qwen3_vl_moe"
 
 
-@pytest.fixture(params=ROUTED)
+@pytest.fixture(params=families.MIXTURES)
 def vlm(request: pytest.FixtureRequest, family: Callable[[str], VLM]) -> VLM:
     return family(request.param)
 

@@ -13,7 +13,8 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+# of families with fused experts no adapter carries all neurons: test_families.py and test_fold_experts.py have them
+@pytest.mark.parametrize("family", [name for name in families.FAMILIES if name not in families.MIXTURES])
 def test_every_form_gives_the_logits_of_wearing(family, folder_of, tmp_path):
     trip = travel(folder_of(family), tmp_path, torch.float32)
     assert trip.glasses > 1, "glasses that change little would prove little"

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.guard_formats import Family
-from safeglasses.model.loading import find_source, load_config, load_model, load_processor
+from safeglasses.model.loading import find_source, load_config, load_model
+from safeglasses.model.processors import load_processor
 
 _SPELLINGS = {True: ("yes", "Yes", "YES", " yes", " Yes"), False: ("no", "No", "NO", " no", " No")}
 

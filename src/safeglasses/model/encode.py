@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.chat import Batch, Chat
-from safeglasses.model.loading import Processor, tokenizer_of
+from safeglasses.model.processors import Processor, tokenizer_of
 
 Side = Literal["right", "left"]
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -38,6 +38,10 @@ class Encoder:
     """Tokens that end a generated answer."""
     start_ids: tuple[int, ...] = ()
     """What the decoder of an encoder–decoder reads before the response; nothing where there is no encoder."""
+    answer_type: int = 0
+    """The ``token_type_ids`` of an answer's tokens; in the other inputs of types they are 0, text."""
+    needs_picture: bool = False
+    """The model's forward does without none."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -53,15 +57,20 @@ class Encoder:
         kept = {
             name: value
             for name, value in prompts.items()
-            if isinstance(value, Tensor) and (name in self.accepted or not name.endswith("type_ids"))
+            if isinstance(value, Tensor)
+            and name != "labels"  # PaliGemma's processor makes them, for training
+            and (name in self.accepted or not name.endswith("type_ids"))
         }
         kept = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in kept.items()}
         mask = kept["attention_mask"].bool()
         if self.start_ids:
             return self._of_both(kept, mask, responses)
         pad: Any = self.tokenizer.pad_token_id or 0
+        fills = {"attention_mask": 1, "token_type_ids": self.answer_type}
         inputs = {
-            name: _joined(name, value, mask, responses, padding_side, pad) if name in _PER_TOKEN else value
+            name: _joined(name, value, mask, responses, padding_side, pad, fills.get(name, 0))
+            if name in _PER_TOKEN
+            else value
             for name, value in kept.items()
         }
         attention = inputs["attention_mask"]
@@ -184,6 +193,13 @@ class Encoder:
                 expected="chats with text alone",
                 do="use a vision-language model, or take the pictures out of the examples",
             )
+        if self.needs_picture and not all(counts):
+            raise SafeglassesError(
+                "this model does not answer without a picture",
+                given=f"no picture in chat {counts.index(0)}",
+                expected="a picture in every chat: the model's forward demands pixel_values",
+                do="give every example a picture, or leave those without out",
+            )
         if len(set(counts)) > 1:
             raise SafeglassesError(
                 "the chats of one batch hold different numbers of pictures",
@@ -208,7 +224,9 @@ def _conversation(chat: Chat, processor: Processor) -> list[dict[str, Any]]:
     return messages
 
 
-def _joined(name: str, value: Tensor, mask: Tensor, responses: Sequence[list[int]], side: Side, pad: int) -> Tensor:
+def _joined(
+    name: str, value: Tensor, mask: Tensor, responses: Sequence[list[int]], side: Side, pad: int, fill: int
+) -> Tensor:
     """Put each row's response behind its prompt and pad anew.
 
     Args:
@@ -218,6 +236,7 @@ def _joined(name: str, value: Tensor, mask: Tensor, responses: Sequence[list[int
         responses: token ids per sample.
         side: where padding goes.
         pad: the id of the padding token.
+        fill: what a response's tokens are given.
     """
     rows: list[Tensor] = []
     for row, keep, response in zip(value, mask, responses, strict=True):
@@ -227,7 +246,7 @@ def _joined(name: str, value: Tensor, mask: Tensor, responses: Sequence[list[int
         elif name == "cross_attention_mask":  # the response sees the pictures that the end of the prompt sees
             tail = prompt[-1:].expand(len(response), *prompt.shape[1:])
         else:
-            tail = torch.full_like(prompt[:1], int(name == "attention_mask")).expand(len(response))
+            tail = torch.full_like(prompt[:1], fill).expand(len(response))
         rows.append(torch.cat([prompt, tail]))
-    fill = pad if name == "input_ids" else 0
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
+    padding = pad if name == "input_ids" else 0
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side)

@@ -1,8 +1,6 @@
-"""Find, check and load a checkpoint: model, processor, clear errors."""
+"""Find, check and load a checkpoint's config and model; clear errors."""
 
 import inspect
-import logging
-import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,28 +10,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file, is_torchvision_available
+from transformers.utils import ModelOutput
 
 from safeglasses.errors import SafeglassesError
-from safeglasses.files import read_json, write_json
 
-_log = logging.getLogger(__name__)
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Processor = ProcessorMixin | PreTrainedTokenizerBase
 
 
 def find_source(source: str | Path) -> str:
@@ -146,70 +135,6 @@ def load_model(
     return model.eval()
 
 
-def load_processor(source: str, config: PreTrainedConfig, revision: str | None) -> Processor:
-    """Load the processor of a vision-language model, or the tokenizer of a text-only one.
-
-    Raises:
-        SafeglassesError: files missing, or no chat template.
-    """
-    auto: Any = _processor_class(config) if is_multimodal(config) else AutoTokenizer
-    try:
-        processor: Any = auto.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except ImportError as error:
-        raise SafeglassesError(
-            "the checkpoint's processor needs a library that is not installed",
-            given=f"{source}: {str(error).strip().splitlines()[0]}",
-            expected="torchvision, which transformers demands for some processors",
-            do="pip install torchvision",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SafeglassesError(
-            "the checkpoint's processor or tokenizer could not be loaded",
-            given=f"{source}: {str(error).splitlines()[0]}",
-            expected="tokenizer.json and, for vision-language models, processor_config.json or "
-            "preprocessor_config.json beside config.json",
-            do="copy these files from the original model",
-        ) from error
-    tokenizer = tokenizer_of(processor)
-    if processor.chat_template is None:
-        processor.chat_template = tokenizer.chat_template
-    if processor.chat_template is None:
-        raise SafeglassesError(
-            "the model has no chat template",
-            given=source,
-            expected="chat_template.jinja beside config.json: how a conversation becomes a prompt",
-            do="use the instruction-tuned checkpoint of the model, or save the Jinja template it was trained "
-            "with as chat_template.jinja in the folder",
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return processor
-
-
-def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, alone or inside a processor."""
-    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
-
-
-def save_processor(processor: Processor, source: str, revision: str | None, folder: Path) -> None:
-    """Write a processor's files, and what the source says about videos even if it was left out at loading.
-
-    Without that part a machine that has torchvision could not load the files.
-    """
-    processor.save_pretrained(folder)
-    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        theirs = _kept(source, name, revision)
-        if theirs is not None and not (folder / name).exists():
-            shutil.copyfile(theirs, folder / name)
-    theirs = _kept(source, "processor_config.json", revision)
-    ours = folder / "processor_config.json"
-    if theirs is not None and ours.exists():
-        video = read_json(theirs).get("video_processor")
-        written = read_json(ours)
-        if video is not None and "video_processor" not in written:
-            write_json(ours, {**written, "video_processor": video})
-
-
 def checked_device_map(device_map: Any) -> Any:
     """Return a device map that exists on this machine.
 
@@ -251,36 +176,23 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(type(model).forward).parameters)
 
 
-def _kept(source: str, name: str, revision: str | None) -> Path | None:
-    """Return a file of a checkpoint, if it has it and it is at hand."""
-    found = cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
+def needs_picture(model: PreTrainedModel) -> bool:
+    """Tell whether the model's forward does without no picture (BLIP-2)."""
+    pixels = inspect.signature(type(model).forward).parameters.get("pixel_values")
+    return pixels is not None and pixels.default is inspect.Parameter.empty
 
 
-def _processor_class(config: PreTrainedConfig) -> Any:
-    """Return the class to load a processor with.
+def answer_type(model: PreTrainedModel) -> int:
+    """Return the ``token_type_ids`` of a generated token, as the model's own generation goes on from a prompt.
 
-    transformers demands torchvision for the video half of processors; without torchvision that half is left
-    out, since only pictures are used here.
+    0 almost everywhere; 1 where a prompt is read both ways and an answer is not (PaliGemma).
     """
-    if is_torchvision_available() or type(config) not in PROCESSOR_MAPPING:
-        return AutoProcessor
-    known: Any = PROCESSOR_MAPPING[type(config)]
-    try:
-        parts = [part for part in known.get_attributes() if part != "video_processor"]
-    except ImportError:  # a stand-in for a class that needs torchvision as a whole
-        return AutoProcessor
-    if len(parts) == len(known.get_attributes()):
-        return AutoProcessor
-    _log.info("torchvision is not installed: loading %s without its video half", known.__name__)
-    return type(known.__name__, (known,), {"get_attributes": classmethod(lambda _cls: list(parts))})
+    if "token_type_ids" not in forward_parameters(model):
+        return 0
+    prompt = {"token_type_ids": torch.zeros(1, 1, dtype=torch.long)}
+    go_on: Any = model._update_model_kwargs_for_generation
+    further = go_on(ModelOutput(), prompt, is_encoder_decoder=False)
+    return int(further["token_type_ids"][0, -1])
 
 
 def _read_by_encoder(config: PreTrainedConfig) -> set[str]:

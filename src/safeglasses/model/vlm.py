@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
-from safeglasses.model import loading, weights
+from safeglasses.model import loading, processors, weights
 from safeglasses.model.anatomy import Anatomy, anatomy
 from safeglasses.model.chat import Batch, Chat, Message, Span, batches
 from safeglasses.model.encode import Encoder, Side
-from safeglasses.model.loading import Processor
+from safeglasses.model.processors import Processor
 
 __all__ = ["VLM", "Batch", "Chat", "Message", "Span", "batches", "load"]
 
@@ -50,7 +50,7 @@ class VLM:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, alone or inside the processor."""
-        return loading.tokenizer_of(self.processor)
+        return processors.tokenizer_of(self.processor)
 
     @property
     def is_multimodal(self) -> bool:
@@ -78,6 +78,8 @@ class VLM:
             flat_positions="position_ids" in accepted and "mrope_section" not in rope,
             stop_ids=self.stop_ids,
             start_ids=self.start_ids,
+            answer_type=loading.answer_type(self.model),
+            needs_picture=loading.needs_picture(self.model),
         )
 
     @property
@@ -201,8 +203,8 @@ class VLM:
         return weights.fingerprint(self.model)
 
     def save_processor(self, folder: Path) -> None:
-        """Write the processor's files into a folder; see `loading.save_processor`."""
-        loading.save_processor(self.processor, self.source, self.revision, folder)
+        """Write the processor's files into a folder; see `processors.save_processor`."""
+        processors.save_processor(self.processor, self.source, self.revision, folder)
 
     def check(self) -> None:
         """Check that all weights are numbers.
@@ -235,7 +237,7 @@ def load(
     dtype = loading.checked_dtype(dtype)
     where = loading.find_source(source)
     config = loading.load_config(where, revision)
-    processor = loading.load_processor(where, config, revision)
+    processor = processors.load_processor(where, config, revision)
     model = loading.load_model(where, config, dtype=dtype, device_map=device_map, revision=revision)
     vlm = VLM(model, processor, anatomy(model), where, revision)
     vlm.check()
