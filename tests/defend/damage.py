@@ -17,7 +17,7 @@ from safeglasses.model.sites import Site
 
 HOME = Home("owner/model", None, "model.language_model", True, False)
 FILES = ("glasses.json", "adapter_config.json", "adapter_model.safetensors", "neurons.parquet", "README.md")
-CONFIG, TENSORS, TABLE = HASHED
+CONFIG, TENSORS, TABLE = HASHED["ia3"]
 SITES = tuple(
     Site(f"layers.{i}.mlp.{name}", side) for i in (0, 11) for name, side in (("up_proj", "out"), ("down_proj", "in"))
 )
@@ -59,7 +59,7 @@ def reseal(folder: Path, *, hashes: bool = True) -> None:
     record = json.loads((folder / RECORD).read_text())
     if isinstance(record, dict):
         if hashes and isinstance(record.get("files"), dict):
-            record["files"] |= {name: sha256_file(folder / name) for name in HASHED}
+            record["files"] |= {name: sha256_file(folder / name) for name in HASHED["ia3"]}
         record["sha256"] = seal_of(record)
     (folder / RECORD).write_text(json.dumps(record))
 

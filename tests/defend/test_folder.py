@@ -69,11 +69,11 @@ def test_a_folder_of_something_else(tmp_path):
 
 
 def test_newer_schema(folder):
-    edit(folder, "glasses.json", lambda record: record.update(schema=3, widths="something new"))
+    edit(folder, "glasses.json", lambda record: record.update(schema=4, widths="something new"))
     assert refusal(folder) == (
         "these glasses were written by a newer version of safeglasses\n"
-        f"  given:    schema 3 in {folder / 'glasses.json'}\n"
-        "  expected: schema 2 or older\n"
+        f"  given:    schema 4 in {folder / 'glasses.json'}\n"
+        "  expected: schema 3 or older\n"
         "  do:       pip install --upgrade safeglasses"
     )
 
@@ -82,7 +82,7 @@ def test_newer_schema(folder):
 def test_no_schema(folder, schema):
     edit(folder, "glasses.json", lambda record: record.update(schema=schema))
     assert refusal(folder) == (
-        f"glasses.json has no schema number\n  given:    {folder / 'glasses.json'}: {str(schema)!r}\n  expected: 1 to 2"
+        f"glasses.json has no schema number\n  given:    {folder / 'glasses.json'}: {str(schema)!r}\n  expected: 1 to 3"
     )
 
 

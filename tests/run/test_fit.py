@@ -6,17 +6,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 import families
+import other_world
+from families.unrolled import chat
 from other_world import World
 from safeglasses.cli import execute
+from safeglasses.defend.glasses import Glasses
+from safeglasses.defend.recipes import RECIPES
 from safeglasses.errors import SafeglassesError
+from safeglasses.find.evidence import FEWEST, Evidence
 from safeglasses.measure.results_reading import read_results
+from safeglasses.model.vlm import load
 from safeglasses.report.schema import validate
 from safeglasses.run import fit
+from safeglasses.ship.fold import fold_checkpoint
+from safeglasses.ship.known import KnownAnswers
+from safeglasses.ship.verify import verify_model
 
 
 def command(world: World, out: Path, *more: str) -> list[str]:
@@ -150,17 +162,47 @@ def test_a_missing_recipe_names_those_that_exist(world: World, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-def test_glasses_that_could_not_be_saved_are_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_fit_on_fused_experts_saves_loads_and_folds(tmp_path: Path) -> None:
+    """The evidence holds experts where the recipe acts on them alone; who met few examples says so."""
     model = families.build("qwen3_vl_moe", tmp_path / "model")
-    with pytest.raises(SafeglassesError) as caught:
-        fit(model, recipe="aura", out=tmp_path / "run")
-    assert str(caught.value) == (
-        "glasses on fused experts cannot be saved yet\n"
-        "  given:    recipe aura, sites = mlp: layers.0.mlp.experts.0:gate\n"
-        "  expected: a recipe with sites = linears\n"
-        "  do:       take such a recipe (sgm-calibrated, sgm); or find, wear and fold neurons of experts in Python"
-    )
-    assert not (tmp_path / "run").exists()
+    pairs = other_world.write_data(tmp_path / "data", pairs=80)
+    out = tmp_path / "run"
+    result = fit(model, pairs, judge=f"lexicon:{tmp_path}/data/words.txt", recipe="aura", out=out, limit=40)
+    vlm = load(model)
+    glasses = Glasses.load(out / "glasses")
+    assert glasses == result.glasses
+    assert any(site.fused for site in glasses.factors)
+    assert {row["defence"] for row in result.summary["rows"]} == {"none", "sgm", "glasses"}
+    assert set(result.summary["hashes"]) > {"glasses/glasses.safetensors", "glasses/neurons.parquet"}
+    table = pq.read_table(out / "glasses/neurons.parquet").to_pylist()
+    met = [min(row["met-toxic all:max"], row["met-non-toxic all:max"]) for row in table]
+    assert min(met) >= FEWEST
+    evidence = Evidence.load(out / "evidence.safetensors")
+    assert any((counts < FEWEST).any() for counts in evidence.columns["n_toxic"].values())
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "PeftModel" not in page
+    assert "toxic, " in page
+    assert execute(["report", str(out)]) == 0
+    folded = fold_checkpoint(model, out / "glasses", tmp_path / "folded")
+    again = load(folded.folder)
+    batch = vlm.encode([chat(vlm, 2, "a red dog")])
+    with torch.no_grad(), glasses.worn(vlm):
+        worn = vlm.forward(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(again.forward(batch), worn, atol=1e-4, rtol=1e-4)
+    answers = KnownAnswers.load(out / "glasses")
+    assert verify_model(again, answers).kind == "worn"
+    assert verify_model(vlm, answers).kind == "not worn"
+
+
+def test_fit_leaves_experts_alone_where_its_recipe_does(tmp_path: Path) -> None:
+    model = families.build("qwen3_vl_moe", tmp_path / "model")
+    pairs = other_world.write_data(tmp_path / "data", pairs=80)
+    recipe = replace(RECIPES["sgm"], rule="constant", constant=1.0)
+    with pytest.raises(SafeglassesError, match="the recipe selects no neuron"):
+        fit(model, pairs, judge=f"lexicon:{tmp_path}/data/words.txt", recipe=recipe, out=tmp_path / "run", limit=40)
+    found = Evidence.load(tmp_path / "run/evidence.safetensors")
+    assert set(found.auroc) == set(load(model).anatomy.sites("linears"))
 
 
 def test_bad_pairs_leave_no_run_folder(world: World, tmp_path: Path) -> None:

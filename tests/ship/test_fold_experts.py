@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import families
 from families.unrolled import NOT_OURS, chat
 from safeglasses.defend.glasses import Glasses
-from safeglasses.errors import SafeglassesError
 from safeglasses.model.vlm import VLM, load
 from safeglasses.ship.fold import fold_checkpoint
 
@@ -34,9 +33,8 @@ def test_folded_is_worn_and_reloads(name: str, tmp_path: Path) -> None:
         worn = logits(vlm)
     assert torch.equal(logits(vlm), before)
     assert not torch.allclose(worn, before, atol=1e-2)
-    with pytest.raises(SafeglassesError, match="an IA3 adapter cannot carry factors of fused experts"):
-        glasses.save(tmp_path / "glasses", vlm)
-    streamed = fold_checkpoint(base, glasses, tmp_path / "streamed").folder
+    saved = glasses.save(tmp_path / "glasses", vlm)
+    streamed = fold_checkpoint(base, saved, tmp_path / "streamed").folder
     glasses.fold(vlm)
     folded = logits(vlm)
     torch.testing.assert_close(folded, worn, atol=1e-4, rtol=1e-4)

@@ -14,8 +14,10 @@ from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.passes import plan
 from safeglasses.find.selection import Selection
-from safeglasses.model.hooks import replaced, tap
-from safeglasses.model.sites import Site
+from safeglasses.model.experts import Experts
+from safeglasses.model.hooks import replaced, tap, tap_routed
+from safeglasses.model.routing import Routing, by_module
+from safeglasses.model.sites import Side, Site
 from safeglasses.model.vlm import VLM
 
 How = Literal["scale", "mean", "resample"]
@@ -26,13 +28,16 @@ class StandIns:
     """Activations of some tokens of ordinary examples, which may stand where ablated ones were."""
 
     values: Mapping[Site, Float[Tensor, "token _neuron"]]
-    """Per site, the same tokens everywhere; in the model's dtype, on the CPU."""
+    """Per site, the same tokens at all linear maps, at experts some of those sent there; in the model's dtype, on the
+    CPU."""
 
     @classmethod
     def of(
         cls, vlm: VLM, examples: Sequence[Example], sites: Sequence[Site], *, tokens: int = 256, seed: int = 0
     ) -> "StandIns":
         """Run the model over examples and keep some of their tokens, as many of each example as of any other.
+
+        One of fused experts has the tokens that a router sends it: up to `tokens` of those, the first ones met.
 
         Args:
             vlm: the model.
@@ -42,18 +47,20 @@ class StandIns:
             seed: of the choice.
 
         Raises:
-            PartialMatch: a site is one of fused experts, or missing.
-            SafeglassesError: no examples.
+            PartialMatch: a site is missing.
+            SafeglassesError: no examples, or none of their tokens met an expert.
         """
         if not examples:
             raise SafeglassesError("no examples to take ordinary activations from", expected="at least one")
-        vlm.anatomy.require_linear(sites)  # experts see other tokens, so theirs could not be drawn together
         generator = torch.Generator().manual_seed(seed)
         share = -(-tokens // len(examples))
         kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        linear = [site for site in sites if vlm.anatomy.expert(site) is None]
+        fused = by_module(vlm.anatomy, sites)
         for rows in plan(vlm, examples):
             batch = vlm.encode([examples[i].chat() for i in rows]).to(vlm.device)
             real = batch.attention_mask.bool().cpu()
+            flat = real.flatten().to(vlm.device)
             chosen = [
                 (row, int(places[i]))
                 for row, places in enumerate(mask.nonzero()[:, 0] for mask in real)
@@ -64,8 +71,29 @@ class StandIns:
             def keep(site: Site, value: Tensor, where: tuple[Tensor, ...] = where) -> None:
                 kept[site].append(value[tuple(axis.to(value.device) for axis in where)].cpu())
 
-            with torch.no_grad(), tap(vlm.model, vlm.anatomy, sites, keep):
+            def sort(experts: Experts, side: Side, routing: Routing, value: Tensor, flat: Tensor = flat) -> None:
+                mine = fused[experts.path, side]
+                for number, part in routing.slices:
+                    if number in mine:
+                        room = tokens - sum(map(len, kept[mine[number]]))
+                        some = flat[routing.row[part].to(flat.device)].nonzero()[:room, 0]
+                        kept[mine[number]].append(value[part][some.to(value.device)].cpu())
+
+            wanted: list[tuple[Experts, Side]] = [(vlm.anatomy.experts[path], side) for path, side in fused]
+            with (
+                torch.no_grad(),
+                tap(vlm.model, vlm.anatomy, linear, keep),
+                tap_routed(vlm.model, vlm.anatomy, wanted, sort, tokens=real.numel()),
+            ):
                 vlm.forward(batch, logits_from=batch.ids.shape[1] - 1)
+        unmet = [str(site) for site, found in kept.items() if not any(map(len, found))]
+        if unmet:
+            raise SafeglassesError(
+                "the router sent no token of the ordinary examples to some experts: nothing can stand in for theirs",
+                given=f"{len(unmet)} of {len(kept)} sites: {', '.join(unmet[:3])}",
+                expected="a token for every expert with a neuron in the set",
+                do="give more ordinary examples, or ablate to zero, which needs none: --how zero",
+            )
         return cls({site: torch.cat(found) for site, found in kept.items()})
 
 
@@ -81,7 +109,7 @@ class Ablation:
     """Which are ablated."""
     how: How = "scale"
     """``scale`` multiplies by `factor`; ``mean`` puts the mean of the stand-ins in their place; ``resample`` the
-    activations of one stand-in token, drawn anew for every token, the same for all sites."""
+    activations of one stand-in token, drawn anew for every token, the same for all linear maps."""
     factor: float = 0.0
     """Only for ``scale``: 0 is zero ablation, 1 changes nothing, above 1 amplifies."""
     stand_ins: StandIns | None = None
@@ -133,7 +161,8 @@ class Ablation:
                     expected=f"{target.anatomy.width(site)}",
                     do="use neurons found in this model",
                 )
-        draw = _Draw(next(iter(self.stand_ins.values.values())).shape[0] if self.stand_ins is not None else 0)
+        known = self.stand_ins.values if self.stand_ins is not None else {}
+        draw = _Draw({site: len(values) for site, values in known.items()})
         visits = {site: self._visit(site, mask, draw) for site, mask in masks.items()}
         with torch.random.fork_rng(devices=[]), replaced(target.model, target.anatomy, visits):
             torch.manual_seed(self.seed)
@@ -158,16 +187,18 @@ class Ablation:
 
 
 class _Draw:
-    """Which stand-in each token gets: one draw for all sites of a forward pass."""
+    """Which stand-in each token gets: one draw for all linear maps of a forward pass, one for every expert."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, counts: Mapping[Site, int]) -> None:
+        self._counts = counts
         self._seen: set[Site] = set()
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def rows(self, site: Site, shape: tuple[int, ...]) -> Tensor:
         """Return an index per token; drawn anew when a site comes again."""
+        if site.fused:
+            return torch.randint(self._counts[site], shape)
         if site in self._seen or not self._seen or self._rows.shape != shape:
-            self._seen, self._rows = set(), torch.randint(self._count, shape)
+            self._seen, self._rows = set(), torch.randint(self._counts[site], shape)
         self._seen.add(site)
         return self._rows

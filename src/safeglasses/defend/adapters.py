@@ -9,21 +9,20 @@ Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning", section 3.3
 ``peft/tuners/ia3/layer.py``. Here the vectors are not trained but computed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from safeglasses.defend.factors import Factors, in_order
 from safeglasses.defend.home import Home
 from safeglasses.defend.strict import read_object
+from safeglasses.defend.tensors import check_shapes, check_tensors, some, tampered
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.files import atomic_write_bytes, write_json
 from safeglasses.model.hooks import scaled, tap
@@ -80,22 +79,15 @@ def check_layout(folder: Path, widths: Mapping[Site, int], home: Home) -> None:
     given, wanted = read_object(folder / CONFIG), _config(widths, home)
     for name in sorted(given.keys() | wanted.keys()):
         if name not in given:
-            raise _tampered(folder / CONFIG, f"{name} is missing")
+            raise tampered(folder / CONFIG, f"{name} is missing")
         if name not in wanted:
-            raise _tampered(folder / CONFIG, f"{name[:80]!r} is unknown")
+            raise tampered(folder / CONFIG, f"{name[:80]!r} is unknown")
         if name in _MAY_MOVE and isinstance(given[name], str | None):
             continue
         if not _same(given[name], wanted[name]):
-            raise _tampered(folder / CONFIG, f"{name} is {_differing(given[name], wanted[name])}")
-    expected = {_key(site, home): [width, 1] if site.side == "out" else [1, width] for site, width in widths.items()}
-    with _opened(folder) as tensors:
-        found = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
-        layout = {key: (part.get_dtype(), part.get_shape()) for key, part in found.items()}
-    missing, unknown = expected.keys() - layout.keys(), layout.keys() - expected.keys()
-    other = [key for key in expected.keys() & layout.keys() if layout[key] != ("F32", expected[key])]
-    for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape or type", other)):
-        if keys:
-            raise _tampered(folder / TENSORS, f"{len(keys)} of {len(expected)} tensors {what}: {_some(sorted(keys))}")
+            raise tampered(folder / CONFIG, f"{name} is {_differing(given[name], wanted[name])}")
+    shapes = {_key(site, home): [width, 1] if site.side == "out" else [1, width] for site, width in widths.items()}
+    check_shapes(folder / TENSORS, shapes)
 
 
 def check_values(folder: Path, effective: Factors, home: Home) -> None:
@@ -105,29 +97,7 @@ def check_values(folder: Path, effective: Factors, home: Home) -> None:
         SafeglassesError: the file cannot be read.
         PartialMatch: naming the vectors that differ.
     """
-    with _opened(folder) as tensors:
-        other = [
-            key
-            for key, site in sorted((_key(site, home), site) for site in effective)
-            if not torch.equal(tensors.get_tensor(key), _shaped(site, effective[site]))
-        ]
-    if other:
-        raise PartialMatch(
-            "the adapter is not what the table of neurons says: one of the files was changed after saving",
-            given=f"{folder / TENSORS}: {len(other)} of {len(effective)} tensors with other values: {_some(other)}",
-            expected="the factors of the table at the strength in glasses.json",
-            do="restore the folder; to change the strength: safeglasses stack FOLDER --strength 0.5 --out NEW, "
-            'or in Python Glasses.load(FOLDER).at(0.5).save("NEW")',
-        )
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    try:
-        with safe_open(folder / TENSORS, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SafeglassesError("could not read the adapter", given=f"{folder / TENSORS}: {error}") from error
+    check_tensors(folder / TENSORS, {_key(site, home): _shaped(site, row) for site, row in effective.items()})
 
 
 def check_names(model: nn.Module | None, effective: Factors, home: Home) -> None:
@@ -224,7 +194,7 @@ def _refuse_both_sides(effective: Factors) -> None:
     if both:
         raise SafeglassesError(
             "an IA3 adapter scales a module's input or its output, not both",
-            given=f"both sides of {len(both)} modules: {_some(both)}",
+            given=f"both sides of {len(both)} modules: {some(both)}",
             expected="one side per module; in gated blocks the inputs of down_proj can move to up_proj",
             do="save(folder, vlm) with the model, or fold the glasses: safeglasses fold takes both sides",
         )
@@ -236,15 +206,6 @@ def _key(site: Site, home: Home) -> str:
 
 def _shaped(site: Site, row: Float[Tensor, " _neuron"]) -> Tensor:
     return row.reshape((-1, 1) if site.side == "out" else (1, -1)).contiguous()
-
-
-def _tampered(path: Path, what: str) -> PartialMatch:
-    return PartialMatch(
-        "the adapter is not what the table of neurons says: one of the files was changed after saving",
-        given=f"{path}: {what}",
-        expected="the files as they were written together",
-        do="restore the folder, or make the glasses again",
-    )
 
 
 def _same(given: Any, wanted: Any) -> bool:
@@ -259,9 +220,5 @@ def _differing(given: Any, wanted: Any) -> str:
         return f"{given!r:.80}, not {wanted!r:.80}"
     strings = {name for name in given if isinstance(name, str)}
     extra, missing = sorted(strings - set(wanted)), sorted(set(wanted) - strings)
-    parts = [f"{word} {_some(names)}" for word, names in (("with", extra), ("without", missing)) if names]
+    parts = [f"{word} {some(names)}" for word, names in (("with", extra), ("without", missing)) if names]
     return " and ".join(parts) or "a list with repeats, or with something that is no text"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -24,28 +24,22 @@ _DUAL_USE = "Whoever knows which neurons carry harm can turn them up as well as 
 def glasses_card(record: Mapping[str, Any], results: Results | None = None) -> str:
     """Write the card of a glasses folder from its ``glasses.json``."""
     base = record["base"]
-    auto = "AutoModelForImageTextToText" if base["multimodal"] else "AutoModelForCausalLM"
     source = repr(str(base["source"]))
-    return f"""{front_matter(base, relation="adapter", library="peft", tags=["ia3"], results=results)}
+    ours = record.get("form") == "factors"
+    library, tags = ("safeglasses", ["mixture-of-experts"]) if ours else ("peft", ["ia3"])
+    what = "vectors in `glasses.safetensors` scale them, and" if ours else "this is an IA3 adapter whose vectors"
+    return f"""{front_matter(base, relation="adapter", library=library, tags=tags, results=results)}
 # Safety glasses for {code(base["source"])}
 
 {record["n_neurons"]:,} neurons at {len(record["widths"])} sites of the language decoder are scaled by recipe
-{code(record["recipe"])} at strength {record["strength"]:g}. No weight is changed: this is an IA3 adapter whose
-vectors were computed from how well each neuron tells toxic examples from benign ones. `neurons.parquet` lists
+{code(record["recipe"])} at strength {record["strength"]:g}. No weight is changed: {what}
+were computed from how well each neuron tells toxic examples from benign ones. `neurons.parquet` lists
 every neuron. {_DUAL_USE}
 
 {measured(results)}
 ## Use
 
-With PEFT alone:
-
-```python
-from peft import PeftModel
-from transformers import {auto}
-
-model = {auto}.from_pretrained({source})
-model = PeftModel.from_pretrained(model, "THIS_FOLDER")
-```
+{_alone(base, ours=ours)}
 
 With safeglasses, which refuses another base model and can change the strength:
 
@@ -59,6 +53,28 @@ with glasses.at(0.8).worn(vlm):
 
 {limits(results)}
 {made(record, base, results)}"""
+
+
+def _alone(base: Mapping[str, Any], *, ours: bool) -> str:
+    """Say how the folder is loaded without safeglasses, or that it is not."""
+    if ours:
+        return """**Only safeglasses loads this folder.** Some of these neurons belong to fused experts, which are
+slices of parameters and no modules: no adapter of PEFT has a place for their factors, so none lies here, and neither
+transformers nor vLLM, SGLang or llama.cpp can wear them. For those, fold them into an ordinary checkpoint:
+
+```bash
+safeglasses fold BASE_MODEL --glasses THIS_FOLDER --out FOLDED
+```"""
+    auto = "AutoModelForImageTextToText" if base["multimodal"] else "AutoModelForCausalLM"
+    return f"""With PEFT alone:
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+model = {auto}.from_pretrained({str(base["source"])!r})
+model = PeftModel.from_pretrained(model, "THIS_FOLDER")
+```"""
 
 
 def exported_card(

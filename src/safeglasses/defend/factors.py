@@ -8,6 +8,7 @@ from torch import Tensor
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.sites import Site
 
+FOLD = "fold them into the checkpoint, which any runtime serves then: safeglasses fold MODEL --glasses FOLDER --out OUT"
 Factors = Mapping[Site, Float[Tensor, " _neuron"]]
 """One vector per site; sites have different widths."""
 
@@ -45,6 +46,27 @@ def changed(factors: Factors) -> dict[Site, Float[Tensor, " _neuron"]]:
 def count(factors: Factors) -> int:
     """Count the neurons whose factor is not 1."""
     return sum(int((row != 1).sum()) for row in factors.values())
+
+
+def refuse_fused(factors: Factors, what: str, do: str = FOLD) -> None:
+    """Refuse factors of fused experts where only linear maps can be scaled.
+
+    Args:
+        factors: per site.
+        what: is without a place for them, e.g. ``an IA3 adapter``.
+        do: what else there is.
+
+    Raises:
+        SafeglassesError: naming the first such site, and how many there are.
+    """
+    fused = [site for site in in_order(factors) if site.fused]
+    if fused:
+        raise SafeglassesError(
+            f"{what} cannot carry factors of fused experts: they are slices of parameters, not modules",
+            given=f"{fused[0]}, one of {len(fused):,} such sites of {len(factors):,}",
+            expected="factors of linear maps",
+            do=do,
+        )
 
 
 def check_factors(factors: Factors) -> None:

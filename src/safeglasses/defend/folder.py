@@ -3,6 +3,7 @@
 | file | what it is |
 |---|---|
 | ``adapter_config.json``, ``adapter_model.safetensors`` | an IA3 adapter: PEFT, transformers |
+| or ``glasses.safetensors`` | our own file, where fused experts are scaled, which PEFT has no place for (`vectors`) |
 | ``neurons.parquet`` | every changed neuron with its factor and evidence: the source of truth |
 | ``glasses.json`` | recipe, strength, base model and its fingerprint, counts, notes, hashes of the others |
 | ``results.json`` | what a run measured, once it has (`add_results`) |
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safeglasses.defend.adapters import (
-    TENSORS,
+    CONFIG,
     check_layout,
     check_names,
     check_values,
@@ -26,9 +27,10 @@ from safeglasses.defend.adapters import (
 from safeglasses.defend.card import glasses_card
 from safeglasses.defend.factors import Factors, count, effective, in_order
 from safeglasses.defend.home import Home
-from safeglasses.defend.record import HASHED, RECORD, Record, check_seal, read_record, write_record
+from safeglasses.defend.record import HASHED, RECORD, Form, Record, check_seal, read_record, write_record
 from safeglasses.defend.results import RESULTS, Results, read_results, results_of, write_results
 from safeglasses.defend.table import NEURONS, read_table, write_table
+from safeglasses.defend.vectors import check_factors_of, check_vectors, write_vectors
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.files import atomic_folder, atomic_write_text, sha256_file
 from safeglasses.model.sites import Site
@@ -57,26 +59,29 @@ class Contents:
     """Input sites that may stand on an output, as proved on the base model."""
 
 
+def form_of(factors: Factors) -> Form:
+    """Say what a folder with these factors holds: PEFT has no place for fused experts."""
+    return "factors" if any(site.fused for site in factors) else "ia3"
+
+
 def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite: bool = False) -> Path:
-    """Write all files, or none.
+    """Write all files, or none: an adapter of PEFT, or, where fused experts are scaled, our own file.
 
     Raises:
         SafeglassesError: the folder exists, a module has both sides, or PEFT would match other modules too.
     """
-    home = contents.home
-    expert = next((site for site in contents.factors if site.fused), None)
-    if expert is not None:
-        raise SafeglassesError(
-            "an IA3 adapter cannot carry factors of fused experts: they are slices of parameters, not modules",
-            given=str(expert),
-            expected="factors of linear maps",
-            do="fold these glasses in Python: glasses.fold(vlm), or take a recipe with sites = linears",
-        )
-    adapter, moves = one_side(effective(contents.factors, contents.strength), vlm, contents.moves)
-    check_names(vlm.model if vlm is not None else None, adapter, home)
+    home, acting = contents.home, effective(contents.factors, contents.strength)
+    form = form_of(contents.factors)
+    moves: Mapping[Site, Site] = {}
+    if form == "ia3":
+        acting, moves = one_side(acting, vlm, contents.moves)
+        check_names(vlm.model if vlm is not None else None, acting, home)
     sites = in_order(contents.factors)
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        write_adapter(temporary, adapter, home)
+        if form == "ia3":
+            write_adapter(temporary, acting, home)
+        else:
+            write_vectors(temporary, acting, home, contents.base_fingerprint)
         n_neurons = write_table(temporary / NEURONS, contents.factors, contents.columns)
         entries = {
             "recipe": contents.recipe,
@@ -86,9 +91,9 @@ def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite
             "widths": {str(site): len(contents.factors[site]) for site in sites},
             "moved": {str(old): str(new) for old, new in moves.items()},
             "notes": dict(contents.notes),
-            "files": {name: sha256_file(temporary / name) for name in HASHED},
+            "files": {name: sha256_file(temporary / name) for name in HASHED[form]},
         }
-        record = write_record(temporary, entries)
+        record = write_record(temporary, entries, form)
         atomic_write_text(temporary / "README.md", glasses_card(record))
     return folder
 
@@ -104,17 +109,26 @@ def read_folder(folder: Path) -> Contents:
     """
     record = read_record(folder)
     try:
-        check_layout(folder, _moved_widths(record), record.home)
+        if record.form == "ia3":
+            check_layout(folder, _moved_widths(record), record.home)
+        else:
+            check_vectors(folder, record.widths, record.home, record.fingerprint)
         _check_hash(folder, record, NEURONS, "the table of neurons")
         factors, columns = read_table(folder / NEURONS, record.widths, n_rows=record.n_neurons)
-        check_values(folder, move(effective(factors, record.strength), record.moves), record.home)
+        acting = effective(factors, record.strength)
+        if record.form == "ia3":
+            check_values(folder, move(acting, record.moves), record.home)
+        else:
+            check_factors_of(folder, acting)
         if count(factors) != record.n_neurons:
             raise PartialMatch(
                 "the table of neurons has another length",
                 given=f"{count(factors)} neurons",
                 expected=f"{record.n_neurons} neurons",
             )
-        _check_hash(folder, record, TENSORS, "the adapter")
+        for name in HASHED[record.form]:
+            if name not in (CONFIG, NEURONS):  # what PEFT may have edited in the config is compared entry by entry
+                _check_hash(folder, record, name, "the adapter")
         check_seal(folder, record)
     except OSError as error:
         raise SafeglassesError("could not read glasses", given=f"{folder} ({error.strerror or error})") from error

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safeglasses.defend.factors import Factors, changed, check_factors, count, effective, in_order
-from safeglasses.defend.folder import Contents, read_folder, write_folder
+from safeglasses.defend.folder import Contents, form_of, read_folder, write_folder
 from safeglasses.defend.home import FOLDED, Home, check_base, check_fit, quantisation
 from safeglasses.defend.weights import scale_weights
 from safeglasses.errors import SafeglassesError, WrongBase
@@ -123,6 +123,11 @@ class Glasses:
         return count(self.effective())
 
     @property
+    def loads_in_peft(self) -> bool:
+        """Whether `save` writes an adapter of PEFT; factors of fused experts need a file of our own."""
+        return form_of(changed(self.factors)) == "ia3"
+
+    @property
     def identity(self) -> str:
         """SHA-256 over site, width and factors as they act (float32) of every site that is changed."""
         digest = hashlib.sha256()
@@ -198,7 +203,7 @@ class Glasses:
         setattr(vlm.model.config, FOLDED, [*(getattr(vlm.model.config, FOLDED, None) or ()), record])
 
     def save(self, folder: str | Path, vlm: VLM | None = None, *, overwrite: bool = False) -> Path:
-        """Write the folder that PEFT, transformers and `load` read.
+        """Write the folder that PEFT, transformers and `load` read; where fused experts are scaled, `load` alone.
 
         Args:
             folder: where; see `safeglasses.defend.folder` for what is in it.

@@ -51,6 +51,14 @@ class Patch:
             SafeglassesError: what the source's `worn` refuses.
         """
         masks = {site: mask for site, mask in self.neurons.masks.items() if mask.any()}
+        fused = next((site for site in masks if target.anatomy.expert(site) is not None), None)
+        if fused is not None:
+            raise SafeglassesError(
+                "neurons of fused experts cannot be patched: in the defended model other tokens may be sent to them",
+                given=str(fused),
+                expected="neurons of linear maps",
+                do="leave the tuned model out, or choose neurons of linear maps",
+            )
         target.anatomy.require(*(site.path for site in masks))
         twin = _Twin(target, self.source, masks)
         with self.source.worn(target):

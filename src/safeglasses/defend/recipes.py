@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -165,7 +166,9 @@ def apply(
             factors[site] = constant_factors(chosen, recipe.constant)
     factors = by_head(factors, recipe.heads(anatomy)) if anatomy is not None else factors
     if count(factors) == 0:
-        highest = max(float(rows(evidence, site, recipe.pools).max()) for site in masks)
+        rated = [evidence.rated(pool) for pool in recipe.pools]
+        known = {site: torch.stack([some[site] for some in rated]) for site in masks}
+        highest = max(float(rows(evidence, site, recipe.pools).where(known[site], 0).max()) for site in masks)
         raise SafeglassesError(
             "the recipe selects no neuron: wearing its glasses would silently do nothing",
             given=f"recipe {recipe.name}: {_selection(recipe)}; the highest AUROC is {highest:.3f}",

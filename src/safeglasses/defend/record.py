@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -20,13 +20,19 @@ from safeglasses.defend.adapters import CONFIG, TENSORS
 from safeglasses.defend.home import Home
 from safeglasses.defend.strict import read_object
 from safeglasses.defend.table import NEURONS
+from safeglasses.defend.vectors import VECTORS
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.files import write_json
 from safeglasses.model.sites import Site
 
 RECORD = "glasses.json"
-SCHEMA = 2  # 1 had no hash of itself
-HASHED = (CONFIG, TENSORS, NEURONS)
+SCHEMA = 3  # 1 had no hash of itself; 3 says its form, and is written for `factors` alone: older versions read the rest
+Form = Literal["ia3", "factors"]
+"""``ia3``: an adapter of PEFT; ``factors``: a file of our own, where PEFT has no place for what the glasses scale."""
+HASHED: Mapping[Form, tuple[str, ...]] = {"ia3": (CONFIG, TENSORS, NEURONS), "factors": (VECTORS, NEURONS)}
+"""The files beside the record, by form."""
+LOADS_IN: Mapping[Form, tuple[str, ...]] = {"ia3": ("safeglasses", "peft", "transformers"), "factors": ("safeglasses",)}
+"""What loads a folder as it is; everything else takes folded checkpoints."""
 SEAL = "sha256"
 _WIDEST = 2**24  # a hundred times the widest map of any model so far; wider is a typo or a trap
 _MODULE = re.compile(r"([A-Za-z_]\w*(\.\w+)*)?")
@@ -59,6 +65,10 @@ class Stored:
     """SHA-256 of the other files."""
     sha256: str | None = None
     """SHA-256 of the other entries; missing in schema 1."""
+    form: str | None = None
+    """`Form`; from schema 3 on, before it was always ``ia3``."""
+    loads_in: list[str] | None = None
+    """What loads the folder; from schema 3 on."""
 
 
 _STORED, _HOME = TypeAdapter(Stored), TypeAdapter(Home)
@@ -68,6 +78,8 @@ _STORED, _HOME = TypeAdapter(Stored), TypeAdapter(Home)
 class Record:
     """What ``glasses.json`` says, checked."""
 
+    form: Form
+    """What lies beside it."""
     recipe: str
     """Name of the recipe."""
     strength: float
@@ -90,9 +102,10 @@ class Record:
     """The file's entries as they are, for cards."""
 
 
-def write_record(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+def write_record(folder: Path, entries: Mapping[str, Any], form: Form) -> dict[str, Any]:
     """Write ``glasses.json`` with its schema number and seal; return what was written."""
-    record = {"schema": SCHEMA, **entries}
+    said = {} if form == "ia3" else {"form": form, "loads_in": list(LOADS_IN[form])}
+    record = {"schema": SCHEMA if said else 2, **said, **entries}
     record[SEAL] = seal_of(record)
     write_json(folder / RECORD, record)
     return record
@@ -130,7 +143,8 @@ def read_record(folder: Path) -> Record:
     path = folder / RECORD
     raw = read_object(path)
     _check_schema(path, raw.get("schema"))
-    absent = [name for name in HASHED if not (folder / name).is_file()]
+    form = _form(path, raw)
+    absent = [name for name in HASHED[form] if not (folder / name).is_file()]
     if absent:
         raise SafeglassesError(
             "a file of these glasses is missing", given=f"{folder} without {', '.join(absent)}", do=_RESTORE
@@ -143,7 +157,7 @@ def read_record(folder: Path) -> Record:
         place = ".".join(str(part) for part in first["loc"])
         raise _damaged(path, f"{place[:80]}: {first['msg']}") from error
     _check_numbers(path, stored)
-    _check_texts(path, stored, home)
+    _check_texts(path, stored, home, form)
     try:
         widths = {Site.parse(text): width for text, width in stored.widths.items()}
         moves = {Site.parse(old): Site.parse(new) for old, new in stored.moved.items()}
@@ -151,6 +165,7 @@ def read_record(folder: Path) -> Record:
         raise _damaged(path, f"{error.given[:200]} is {error.what}") from error
     _check_moves(path, widths, moves)
     return Record(
+        form=form,
         recipe=stored.recipe,
         strength=stored.strength,
         fingerprint=stored.base["fingerprint"],
@@ -197,6 +212,23 @@ def _check_schema(path: Path, schema: object) -> None:
         )
 
 
+def _form(path: Path, raw: Mapping[str, Any]) -> Form:
+    """Read what lies beside the record; refuse a second kind, which PEFT would load instead of all."""
+    known: dict[str, Form] = {"ia3": "ia3", "factors": "factors"}
+    form = known.get(str(raw.get("form", "ia3")))
+    said = None if form is None or form == "ia3" else list(LOADS_IN[form])
+    if form is None or (raw["schema"] < 3) != (form == "ia3") or raw.get("loads_in") != said:
+        raise _damaged(path, f"form {str(raw.get('form'))[:80]!r} in schema {raw['schema']}")
+    if form == "factors" and (path.parent / CONFIG).exists():
+        raise PartialMatch(
+            "an adapter lies beside glasses that no adapter can carry: PEFT would wear a part of them",
+            given=str(path.parent / CONFIG),
+            expected=f"{', '.join(HASHED[form])}",
+            do=f"remove {CONFIG}, or make the glasses again",
+        )
+    return form
+
+
 def _home(base: Mapping[str, Any]) -> Home:
     entries = {name: value for name, value in base.items() if name != "fingerprint"}
     return _HOME.validate_json(json.dumps(entries), strict=True)
@@ -212,7 +244,7 @@ def _check_numbers(path: Path, stored: Stored) -> None:
         raise _damaged(path, f"{stored.n_neurons} of {sum(stored.widths.values())} neurons")
 
 
-def _check_texts(path: Path, stored: Stored, home: Home) -> None:
+def _check_texts(path: Path, stored: Stored, home: Home, form: Form) -> None:
     unknown = stored.base.keys() - {"fingerprint", *(entry.name for entry in fields(Home))}
     if unknown:
         raise _damaged(path, f"base has an unknown entry {min(unknown)[:80]!r}")
@@ -221,8 +253,9 @@ def _check_texts(path: Path, stored: Stored, home: Home) -> None:
         raise _damaged(path, f"base.fingerprint {str(fingerprint)[:80]!r}")
     if not _MODULE.fullmatch(home.decoder_path):
         raise _damaged(path, f"base.decoder_path {home.decoder_path[:80]!r}")
-    if stored.files.keys() != set(HASHED) or not all(_SHA256.fullmatch(text) for text in stored.files.values()):
-        raise _damaged(path, f"files must have the SHA-256 of {', '.join(HASHED)}")
+    names = HASHED[form]
+    if stored.files.keys() != set(names) or not all(_SHA256.fullmatch(text) for text in stored.files.values()):
+        raise _damaged(path, f"files must have the SHA-256 of {', '.join(names)}")
     if (stored.sha256 is None) != (stored.schema == 1):
         raise _damaged(path, f"schema {stored.schema} {'without' if stored.sha256 is None else 'with'} {SEAL}")
 

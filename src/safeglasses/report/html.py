@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from safeglasses.files import atomic_write_text
+from safeglasses.find.evidence import FEWEST
 from safeglasses.report import figures, maps
 from safeglasses.report.page import fill
 from safeglasses.report.panel import panel_of
@@ -76,6 +77,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "panel": panel_of(summary),
         "limits": (*data.not_verified, *limits(summary)),
         "stages": STAGES,
+        "few": FEWEST,
     }
 
 

@@ -22,6 +22,8 @@ SEARCHED = 192
 """Examples among which the most active ones are looked for."""
 CROSSED = 12
 """Pairs of examples whose pictures and texts are swapped: two captures of 24 examples."""
+FEWEST_PAIRS = 4
+"""Below that there is no share of picture and text."""
 _Pair = tuple[Example, Example]
 
 
@@ -126,6 +128,7 @@ def thumbnail(picture: Picture, size: int = THUMBNAIL) -> bytes:
 
 def _ranked(glasses: Glasses, evidence: Evidence, k: int) -> list[_Neuron]:
     found: list[tuple[float, float, int, _Neuron]] = []
+    rated = [evidence.rated(pool) for pool in evidence.pools]
     for order, (site, factors) in enumerate(glasses.effective().items()):
         rows = torch.nonzero(factors != 1)[:, 0].tolist()
         if not rows:
@@ -137,7 +140,8 @@ def _ranked(glasses: Glasses, evidence: Evidence, k: int) -> list[_Neuron]:
                 expected=f"one of its {len(evidence.auroc)} sites",
                 do="describe glasses with the evidence that they were made from",
             )
-        best, pool = evidence.auroc[site].max(dim=0)
+        known = torch.stack([masks[site] for masks in rated])
+        best, pool = evidence.auroc[site].where(known, 0).max(dim=0)
         found += [
             (float(factors[i]), -float(best[i]), order, _Neuron(site, i, float(factors[i]), int(pool[i]))) for i in rows
         ]
@@ -147,8 +151,14 @@ def _ranked(glasses: Glasses, evidence: Evidence, k: int) -> list[_Neuron]:
 
 def _expertise(evidence: Evidence, neuron: _Neuron) -> tuple[Expertise, ...]:
     values, errors = evidence.auroc[neuron.site], evidence.standard_error(neuron.site)
+    met = evidence.met(neuron.site) if neuron.site.fused else None
     return tuple(
-        Expertise(str(pool), float(values[p, neuron.index]), float(errors[p, neuron.index]))
+        Expertise(
+            str(pool),
+            float(values[p, neuron.index]),
+            float(errors[p, neuron.index]),
+            None if met is None else (int(met[0][p, neuron.index]), int(met[1][p, neuron.index])),
+        )
         for p, pool in enumerate(evidence.pools)
     )
 
@@ -165,7 +175,8 @@ def _fires_on(neuron: _Neuron, activations: Activations, examples: Sequence[Exam
     """Return the most active examples, no prompt and response twice."""
     values = neuron.of(activations)
     place = {name: i for i, name in enumerate(activations.ids)}
-    ranked = sorted(examples, key=lambda e: -float(values[place[e.id]]))
+    met = [e for e in examples if not values[place[e.id]].isnan()]  # a router may have sent none of an example's tokens
+    ranked = sorted(met, key=lambda e: -float(values[place[e.id]]))
     kept: dict[tuple[str, str | None], Example] = {}
     for example in ranked:
         if len(kept) < k:
@@ -191,13 +202,18 @@ def _drives(
     examples: Sequence[Example],
 ) -> list[Drive | None]:
     pairs = cross(examples)
-    if len(pairs) < 4:
+    if len(pairs) < FEWEST_PAIRS:
         return [None] * len(chosen)
     own = [e for pair in pairs for e in pair]
     swapped = [e for a, b in pairs for e in (with_pictures_of(a, b), with_pictures_of(b, a))]
     with_own = capture(vlm, own, sites=sites, pools=evidence.pools)
     with_other = capture(vlm, swapped, sites=sites, pools=evidence.pools)
-    return [drive(_in_order(n, with_own, own), _in_order(n, with_other, swapped)) for n in chosen]
+    found = []
+    for neuron in chosen:
+        a, b = _in_order(neuron, with_own, own), _in_order(neuron, with_other, swapped)
+        whole = ~(a.isnan() | b.isnan()).any(dim=1)  # an expert may have met neither word nor picture
+        found.append(drive(a[whole], b[whole]) if int(whole.sum()) >= FEWEST_PAIRS else None)
+    return found
 
 
 def _in_order(neuron: _Neuron, activations: Activations, examples: Sequence[Example]) -> Float[Tensor, "pair 2"]:

@@ -116,6 +116,8 @@ class Expertise:
     """Area under the ROC curve, toxic against non-toxic."""
     error: float
     """Its standard error (Hanley and McNeil)."""
+    met: tuple[int, int] | None = None
+    """Toxic and non-toxic examples of which its expert was sent a token; None where all examples count."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ class Snippet:
     """One sentence about it."""
 
 
-def usage(base: str, adapter: str, folded: str | None = None, *, multimodal: bool = True) -> tuple[Snippet, ...]:
+def usage(
+    base: str, adapter: str, folded: str | None = None, *, multimodal: bool = True, peft: bool = True
+) -> tuple[Snippet, ...]:
     """Write the copy-and-paste lines for one run folder.
 
     Args:
@@ -26,6 +28,7 @@ def usage(base: str, adapter: str, folded: str | None = None, *, multimodal: boo
         adapter: the glasses folder, relative to the report.
         folded: the folded checkpoint, relative to the report; None says how to make one.
         multimodal: False for a text-only base.
+        peft: False for glasses that no adapter of PEFT can carry.
     """
     auto, reader = ("ImageTextToText", "AutoProcessor") if multimodal else ("CausalLM", "AutoTokenizer")
     worn = (
@@ -35,7 +38,7 @@ def usage(base: str, adapter: str, folded: str | None = None, *, multimodal: boo
         "with glasses.worn(vlm):\n"
         "    ...   # vlm.model and vlm.generate wear them in here; after the block they are off"
     )
-    peft = (
+    ready = (
         "from peft import PeftModel\n"
         f"from transformers import AutoModelFor{auto}\n\n"
         f"model = AutoModelFor{auto}.from_pretrained({base!r})\n"
@@ -48,9 +51,10 @@ def usage(base: str, adapter: str, folded: str | None = None, *, multimodal: boo
         f"processor = {reader}.from_pretrained({folded!r})"
     )
     ordinary = "An ordinary checkpoint with the factors in its weights, for any runtime that loads the base model."
+    adapted = Snippet("peft", "python", ready, "The folder is an ordinary IA3 adapter; this needs no safeglasses.")
     return (
         Snippet("safeglasses", "python", worn, "Refuses a wrong base model."),
-        Snippet("peft", "python", peft, "The folder is an ordinary IA3 adapter; this needs no safeglasses."),
+        *((adapted,) if peft else ()),
         Snippet("folded checkpoint", "sh", fold, ordinary)
         if folded is None
         else Snippet("folded checkpoint", "python", plain, ordinary),

@@ -16,7 +16,8 @@ from safeglasses.measure.contrasts import calibration_data
 from safeglasses.measure.judges import judge_from, refusal_judge
 from safeglasses.measure.panel import panel_from
 from safeglasses.model.anatomy import What
-from safeglasses.model.vlm import VLM, load
+from safeglasses.model.routing import check_reachable
+from safeglasses.model.vlm import load
 from safeglasses.progress import Progress, Quiet
 from safeglasses.report.html import write_report
 from safeglasses.report.stored import store
@@ -130,7 +131,7 @@ def fit(
     judges = panel_from(judge), refusal_judge() if refusals is None else judge_from(refusals)
     with show.stage("load"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
-    _check_kept(vlm, chosen)
+    check_reachable(vlm.anatomy, vlm.anatomy.sites(chosen.sites))
     with show.stage("read and check the data"):
         data = read_inputs(vlm, pairs, prompts, *judges, limit=limit, skip_bad=skip_bad, categories=wanted.categories)
         if chosen.rule == "calibrated":
@@ -213,15 +214,3 @@ def _batch_size(value: int | str) -> int | str:
 
 
 __all__ = ["FitResult", "fit"]
-
-
-def _check_kept(vlm: VLM, recipe: Recipe) -> None:
-    """Say before anything is captured that glasses on these neurons could not be saved."""
-    fused = next((site for site in vlm.anatomy.sites(recipe.sites) if site.fused), None)
-    if fused is not None:
-        raise SafeglassesError(
-            "glasses on fused experts cannot be saved yet",
-            given=f"recipe {recipe.name}, sites = {recipe.sites}: {fused}",
-            expected="a recipe with sites = linears",
-            do="take such a recipe (sgm-calibrated, sgm); or find, wear and fold neurons of experts in Python",
-        )

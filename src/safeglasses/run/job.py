@@ -21,6 +21,7 @@ from safeglasses.measure.disputes import agreement_records
 from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
 from safeglasses.measure.search import Calibration, Search
+from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
 from safeglasses.progress import Advance, Progress
 from safeglasses.report.summary import build_summary
@@ -77,9 +78,7 @@ class Job:
             return Evidence.load(path)
         find, held_out = pairs.split("find"), pairs.split("calibrate")
         total = len(find) + len(held_out)
-        parts = self.vlm.anatomy  # the parameter-free recipes beside the user's look at linear maps
-        looked_at = dict.fromkeys((*parts.sites("linears"), *parts.sites(self.recipe.sites)))
-        where = {"sites": tuple(looked_at), "pools": tuple(pools)}
+        where = {"sites": self._sites(), "pools": tuple(pools)}
         shards = self.folder.path / "shards"
         setup = setup_for(
             self.vlm,
@@ -229,6 +228,13 @@ class Job:
             calibration=None if search is None else chosen(search),
             by_category=about_categories(before, after, self.data.categories),
         )
+
+    def _sites(self) -> tuple[Site, ...]:
+        """Return what any recipe acts on; fused experts, of which there are very many, only where the user's does."""
+        parts = self.vlm.anatomy
+        mine = parts.sites(self.recipe.sites)
+        beside = parts.sites("mlp") if any(site.fused for site in mine) else ()
+        return tuple(dict.fromkeys([*parts.sites("linears"), *mine, *beside]))
 
     def _recipes(self) -> dict[str, Recipe]:
         """The user's recipe and the parameter-free ones that stand beside it."""

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from safeglasses.data.examples import Examples
+from safeglasses.defend.adapters import TENSORS
 from safeglasses.defend.glasses import Glasses
+from safeglasses.defend.table import NEURONS
+from safeglasses.defend.vectors import VECTORS
 from safeglasses.files import sha256_file
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.selection import Selection
@@ -210,7 +213,7 @@ def report_data(
         responses_of=len(before.eliciting(decoding)),
         judge=before.judge,
         disputes=disputes((before, after), decoding),
-        snippets=usage(vlm.source, "glasses", multimodal=vlm.is_multimodal),
+        snippets=usage(vlm.source, "glasses", multimodal=vlm.is_multimodal, peft=glasses.loads_in_peft),
         not_verified=NOT_VERIFIED,
         notes=notes,
     )
@@ -218,5 +221,5 @@ def report_data(
 
 def hashes(folder: Path) -> dict[str, str]:
     """Hash what a run leaves for others to use."""
-    names = ("evidence.safetensors", "glasses/adapter_model.safetensors", "glasses/neurons.parquet")
-    return {name: sha256_file(folder / name) for name in names}
+    glasses = (f"glasses/{name}" for name in (TENSORS, VECTORS, NEURONS) if (folder / "glasses" / name).exists())
+    return {name: sha256_file(folder / name) for name in ("evidence.safetensors", *glasses)}

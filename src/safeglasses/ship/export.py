@@ -20,6 +20,7 @@ import torch
 
 from safeglasses import __version__
 from safeglasses.defend.card import exported_card, glasses_card
+from safeglasses.defend.factors import changed, refuse_fused
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.home import Home
 from safeglasses.defend.record import RECORD
@@ -78,6 +79,7 @@ def export_ia3(
         PartialMatch: some site is missing or of another width.
         SafeglassesError: no neuron is changed, a module keeps factors on both sides, or the folder exists.
     """
+    refuse_fused(changed(glasses.factors), "an IA3 adapter")
     with _drafted("ia3", vlm, glasses, out, overwrite=overwrite) as draft:
         draft.glasses.save(draft.folder, vlm, overwrite=True)
         draft.finish(vlm)
@@ -150,6 +152,7 @@ def export_sglang(
         PartialMatch: some site is missing or of another width.
         SafeglassesError: no neuron is changed, maps that SGLang merges differ on their input, or the folder exists.
     """
+    refuse_fused(changed(glasses.factors), "hooks of SGLang")
     with _drafted("sglang", vlm, glasses, out, overwrite=overwrite) as draft:
         written = write_hooks(draft.folder, vlm, draft.glasses.effective(), draft.home)
         draft.record["sglang"] = {

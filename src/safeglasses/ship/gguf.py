@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safeglasses.defend.factors import Factors, changed, in_order
+from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused
 from safeglasses.defend.glasses import Glasses, refuse_empty
 from safeglasses.defend.home import check_norms
 from safeglasses.errors import PartialMatch, SafeglassesError
@@ -58,6 +58,7 @@ def fold_gguf(path: str | Path, glasses: Glasses, out: str | Path, *, overwrite:
     gguf = library()
     check_output(path, out, overwrite=overwrite)
     refuse_empty(glasses, "folding")
+    refuse_fused(changed(glasses.factors), "a patched GGUF file", FOLD_FIRST)
     reader = open_file(gguf, path)
     check_unfolded(reader, path)
     names = names_of(reader, gguf)

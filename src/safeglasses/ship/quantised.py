@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safeglasses.defend.factors import Factors, changed, in_order
+from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.home import check_fit, check_norms, check_unfolded, quantisation
 from safeglasses.errors import SafeglassesError
@@ -102,6 +102,11 @@ def quantised_changes(checkpoint: Checkpoint, factors: Factors) -> list[Change]:
         PartialMatch: some site is missing or of another width.
         SafeglassesError: a factor that no scale can take exactly, with what to do instead.
     """
+    refuse_fused(
+        changed(factors),
+        "a quantised checkpoint's scales",
+        "fold into the unquantised checkpoint, then quantise the result",
+    )
     check_fit(checkpoint.anatomy, factors)
     acting, changes, stuck = changed(factors), [], []
     _refuse_rotated(checkpoint)

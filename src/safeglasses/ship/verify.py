@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safeglasses.defend.home import FOLDED
+from safeglasses.defend.record import RECORD
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import read_json
 from safeglasses.model.vlm import VLM, load
@@ -80,6 +81,13 @@ def load_any(source: str | Path, **options: Any) -> VLM:
         SafeglassesError: as `load`; or the adapter names no base model, or PEFT cannot load it.
     """
     folder = Path(source).expanduser()
+    if (folder / RECORD).is_file() and not (folder / ADAPTER).is_file():
+        raise SafeglassesError(
+            "these glasses are no adapter: they scale fused experts, which PEFT has no place for",
+            given=str(folder),
+            expected="a model, or an adapter that PEFT loads",
+            do="fold them (safeglasses fold) and verify the folded checkpoint",
+        )
     if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return load(source, **options)
     config = read_json(folder / ADAPTER)
