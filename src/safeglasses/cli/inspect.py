@@ -179,14 +179,12 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
     for name in ("layers", "in", "out"):
         table.add_column(name, justify="right")
     table.add_column("MLP")
+    table.add_column("heads")
     for row in anatomy["linears"]:
         numbers = (_widths(row[name]) for name in ("layers", "in", "out"))
-        table.add_row(row["kind"], *numbers, "yes" if row["mlp"] else "")
+        table.add_row(row["kind"], *numbers, "yes" if row["mlp"] else "", _heads(row["kind"], anatomy))
     console.print(table)
     console.print(f"addresses of their outputs: {record['addresses']}", markup=False)
-    if anatomy["heads"]:
-        shown = (f"{r['kind']} {r['heads']} × {r['width']} in {r['layers']} layers" for r in anatomy["heads"])
-        console.print(f"attention heads: {'; '.join(shown)}", markup=False)
     if anatomy["experts"]:
         _render_experts(console, anatomy)
     elif anatomy["ffn_reason"]:
@@ -196,6 +194,12 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
         console.print(f"{row['action']}: {_LEVELS[row['level']]}{why}", markup=False)
     if "pairs" in record:
         _render_pairs(console, record["pairs"])
+
+
+def _heads(kind: str, anatomy: dict[str, Any]) -> str:
+    """Say how many heads × how wide lie on what a kind of map writes, or on what it reads."""
+    found = [row for row in anatomy["heads"] if row["kind"].rpartition(":")[0] == kind]
+    return ", ".join(f"{r['heads']} × {r['width']}{' read' * r['kind'].endswith(':in')}" for r in found)
 
 
 def _render_experts(console: "Console", anatomy: dict[str, Any]) -> None:

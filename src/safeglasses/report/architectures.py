@@ -28,7 +28,8 @@ ever run: the tests run tiny models of the families in `tests/families`.
 
 The decoder's path, layers and width; what its feed-forward blocks are made of, ending in the map that reads the neurons
 (in brackets the neurons of a layer's block; several widths where layers differ); fused experts (experts × neurons of
-each); linear maps in all. `N` in a path stands for a number.
+each); query heads × width of what each writes, and heads of keys and values where those are fewer; linear maps in all.
+`N` in a path stands for a number.
 """
 _ALLOWED = """
 ## What may be done
@@ -56,7 +57,7 @@ def page(entries: Iterable[Entry], version: str) -> str:
         if entry.note:
             notes.append(f"- `{entry.model_type}`: {entry.note}.")
         if entry.anatomy is None or entry.model is None:
-            rows.append(f"| `{entry.model_type}` | not located: {entry.reason} |||||||")
+            rows.append(f"| `{entry.model_type}` | not located: {entry.reason} ||||||||")
             continue
         counts["located"] += 1
         counts["structural"] += not by_table(entry.model_type)
@@ -69,9 +70,9 @@ def page(entries: Iterable[Entry], version: str) -> str:
         allowed.append(f"| `{entry.model_type}` | {' | '.join(cells)} |")
     lines = [
         _INTRO.format(version=version, **counts),
-        "| type | decoder | layers × width | feed-forward | fused experts | linear maps | cross-attention | "
-        "picture tokens | parameters |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| type | decoder | layers × width | feed-forward | fused experts | attention heads | linear maps | "
+        "cross-attention | picture tokens | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
         _ALLOWED,
         f"| type | {' | '.join(ACTIONS)} |",
@@ -99,6 +100,7 @@ def _row(entry: Entry, model: PreTrainedModel, found: dict[str, Any]) -> str:
             f"`{row['kind']}` {_numbers(row['experts'])} × {_numbers(row['width'])} in {row['layers']} layers"
             for row in found["experts"]
         ),
+        _heads(found),
         f"{len(found['linears'])} kinds, {sum(row['maps'] for row in found['linears']):,} maps, "
         f"{found['neurons']['linears']:,} outputs",
         _crossing(found),
@@ -116,6 +118,22 @@ def _blocks(found: dict[str, Any]) -> str:
         said.append((f"`{place}`: " if place else "") + f"{names} [{_numbers(row['width'])}]")
     missing = found["layers_without_neurons"]
     return "; ".join(said) + (f"; none in {len(missing)} layers" if missing else "")
+
+
+def _heads(found: dict[str, Any]) -> str:
+    """Say the heads of every kind of attention: those that write, and fewer ones of keys and values."""
+    said: dict[str, None] = {}
+    kept: dict[str, set[int]] = {}
+    for row in found["heads"]:
+        path, _, side = row["kind"].partition(":")
+        place = path.partition(".")[0]
+        if side == "out":
+            kept.setdefault(place, set()).add(row["heads"])
+    for row in (row for row in found["heads"] if row["kind"].endswith(":in")):
+        place = row["kind"].partition(".")[0]
+        fewer = sorted(n for n in kept.get(place, ()) if n < row["heads"])
+        said[f"`{place}` {row['heads']} × {row['width']}" + (f" ({_numbers(fewer)})" if fewer else "")] = None
+    return "; ".join(said)
 
 
 def _crossing(found: dict[str, Any]) -> str:
