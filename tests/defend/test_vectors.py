@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+import families
 from defend.damage import edit, refusal, reseal
-from families.unrolled import NOT_OURS, ROUTED, chat
+from families.unrolled import NOT_OURS, chat
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.stack import stack_folders
 from safeglasses.errors import PartialMatch, SafeglassesError
@@ -55,7 +56,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "glasses")
 
 
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", families.MIXTURES)
 def test_saved_is_loaded_and_worn(name: str, family: Callable[[str], VLM], tmp_path: Path) -> None:
     vlm = family(name)
     glasses = mixed(vlm)
