@@ -14,6 +14,10 @@ from safeglasses.defend.recipes import RECIPES, Recipe, apply
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.pools import Pool
+from safeglasses.measure.calibrate import Effort
+from safeglasses.measure.choosing import Choice
+from safeglasses.measure.judges import refusal_judge
+from safeglasses.measure.teaching import Teacher
 from safeglasses.model.sites import Site
 
 LAST, MAX = Pool("prompt", "last"), Pool("response", "max")
@@ -113,3 +117,12 @@ def test_what_has_no_heads_is_refused(family):
     with pytest.raises(SafeglassesError, match="none of the recipe's sites has attention heads"):
         replace(RECIPES["sgm"], sites="attention", by_head=True).heads(fused.anatomy)
     assert replace(RECIPES["sgm"], sites="heads", by_head=True).heads(fused.anatomy)
+
+
+@pytest.mark.parametrize("sites", ["mlp", "attention", "heads"])
+def test_calibration_acts_on_the_recipes_sites_though_the_evidence_covers_more(tiny_vlm, everywhere, sites):
+    recipe = replace(RECIPES["sgm-calibrated"], sites=sites, by_head=sites == "heads")
+    teacher = Teacher(tiny_vlm, everywhere, refusal_judge(), recipe, Effort(), seed=0, max_new_tokens=4)
+    rule = teacher.rule(Choice(("prompt:last", "response:max"), 0.52, 150.0))
+    assert rule.sites == tiny_vlm.anatomy.sites(sites)
+    assert rule.heads == recipe.heads(tiny_vlm.anatomy)

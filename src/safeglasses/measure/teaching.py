@@ -75,12 +75,14 @@ class Teacher:
 
         Raises:
             SafeglassesError: the evidence leaves nothing to turn down.
+            PartialMatch: it lacks a site of the recipe.
         """
         rule = CalibratedRule.from_evidence(
             self.evidence,
             pools=tuple(Pool.parse(p) for p in choice.pools),
             threshold=choice.threshold,
             clamp=self.recipe.clamp,
+            sites=self.vlm.anatomy.sites(self.recipe.sites),  # the evidence may cover more
             two_sided=self.recipe.two_sided,
             granularity=self.recipe.granularity,
             confirmed=self.recipe.confirmed,
