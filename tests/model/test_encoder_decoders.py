@@ -39,7 +39,7 @@ def chats(responses: tuple[str | None, ...] = RESPONSES) -> list[Chat]:
 def test_spans_of_both_sides(vlm: VLM) -> None:
     batch = vlm.encode(chats(), end_of_turn=True)
     assert batch.encoder is not None
-    token, (start,), (stop,) = vlm.encoder.image_token_id, vlm.start_ids, vlm.stop_ids
+    (token,), (start,), (stop,) = vlm.encoder.picture_ids, vlm.start_ids, vlm.stop_ids
     for row, response in enumerate(RESPONSES):
         assert batch.ids[row][batch.span("prompt")[row]].tolist() == [start]
         spoken = vlm.tokenizer(response, add_special_tokens=False)["input_ids"]

@@ -37,6 +37,16 @@ class Chat:
         ]
 
 
+def without_pictures(messages: Sequence[Message]) -> list[Message]:
+    """Return the same messages with their texts alone."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
+        for message in messages
+    ]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Encoded chats. Padding belongs to no span.

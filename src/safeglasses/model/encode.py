@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
-from safeglasses.model.chat import Batch, Chat
+from safeglasses.model.chat import Batch, Chat, without_pictures
+from safeglasses.model.pictures import picture_mask
 from safeglasses.model.processors import Processor, tokenizer_of
 
 Side = Literal["right", "left"]
@@ -26,8 +27,8 @@ class Encoder:
 
     processor: Processor
     """Renders, tokenises and prepares pictures."""
-    image_token_id: int | None
-    """Id of the tokens that stand for a picture."""
+    picture_ids: frozenset[int]
+    """Ids of the tokens that stand for a picture; empty: `picture_mask` finds them otherwise."""
     accepted: frozenset[str]
     """Names of the parameters of the model's forward."""
     dtype: torch.dtype
@@ -63,8 +64,9 @@ class Encoder:
         }
         kept = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in kept.items()}
         mask = kept["attention_mask"].bool()
+        is_image = self._is_image(prompts, chats)
         if self.start_ids:
-            return self._of_both(kept, mask, responses)
+            return self._of_both(kept, mask, is_image, responses)
         pad: Any = self.tokenizer.pad_token_id or 0
         fills = {"attention_mask": 1, "token_type_ids": self.answer_type}
         inputs = {
@@ -84,14 +86,16 @@ class Encoder:
             prompt_length=prompt_length,
             prompt_mask=prompt_mask,
             response_mask=attention.bool() & ~prompt_mask,
-            image_mask=self._is_image(inputs["input_ids"]) & prompt_mask,
+            image_mask=_joined("image_mask", is_image, mask, responses, padding_side, pad, 0),
         )
 
     def to_generate(self, batch: Batch) -> dict[str, Tensor]:
         """Return what ``generate`` takes: without positions, and without a mask of the decoder, both its own."""
         return {n: value for n, value in batch.inputs.items() if n not in ("position_ids", "decoder_attention_mask")}
 
-    def _of_both(self, kept: dict[str, Tensor], mask: Tensor, responses: Sequence[list[int]]) -> Batch:
+    def _of_both(
+        self, kept: dict[str, Tensor], mask: Tensor, is_image: Tensor, responses: Sequence[list[int]]
+    ) -> Batch:
         """Give the prompt to the encoder, and the response to the decoder behind its start."""
         none = torch.zeros_like(mask)
         prompts = Batch(
@@ -99,7 +103,7 @@ class Encoder:
             prompt_length=mask.sum(dim=1),
             prompt_mask=mask,
             response_mask=none,
-            image_mask=self._is_image(kept["input_ids"]) & mask,
+            image_mask=is_image,
         )
         pad: Any = self.tokenizer.pad_token_id or 0
         rows = [torch.tensor([*self.start_ids, *response]) for response in responses]
@@ -115,8 +119,16 @@ class Encoder:
             encoder=prompts,
         )
 
-    def _is_image(self, ids: Tensor) -> Tensor:
-        return torch.zeros_like(ids, dtype=torch.bool) if self.image_token_id is None else ids == self.image_token_id
+    def _is_image(self, prompts: Any, chats: Sequence[Chat]) -> Tensor:
+        if not any(chat.images for chat in chats):
+            return torch.zeros_like(prompts["attention_mask"], dtype=torch.bool)
+
+        def bare() -> Sequence[list[int]]:
+            unseen = [_conversation(Chat(without_pictures(chat.messages)), self.processor) for chat in chats]
+            made = self._apply(unseen, tokenize=True)
+            return [row[keep.bool()].tolist() for row, keep in zip(*map(made.get, _PER_TOKEN[:2]), strict=True)]
+
+        return picture_mask(prompts, self.picture_ids, bare)
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
         """Return token counts; see `VLM.lengths`."""
@@ -160,7 +172,7 @@ class Encoder:
         if not chat.response:
             return []
         ids = list(self.tokenizer(chat.response, add_special_tokens=False)["input_ids"])
-        if self.image_token_id in ids:  # an answer that spells a picture's placeholder is text all the same
+        if self.picture_ids.intersection(ids):  # an answer that spells a picture's placeholder is text all the same
             options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
             ids = list(self.tokenizer(chat.response, **options)["input_ids"])
         return ids

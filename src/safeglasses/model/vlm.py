@@ -17,6 +17,7 @@ from safeglasses.model import loading, processors, weights
 from safeglasses.model.anatomy import Anatomy, anatomy
 from safeglasses.model.chat import Batch, Chat, Message, Span, batches
 from safeglasses.model.encode import Encoder, Side
+from safeglasses.model.pictures import picture_ids
 from safeglasses.model.processors import Processor
 
 __all__ = ["VLM", "Batch", "Chat", "Message", "Span", "batches", "load"]
@@ -72,7 +73,7 @@ class VLM:
         rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
         return Encoder(
             processor=self.processor,
-            image_token_id=getattr(self.model.config, "image_token_id", None) if self.is_multimodal else None,
+            picture_ids=picture_ids(self.model.config, self.processor),
             accepted=accepted,
             dtype=self.dtype,
             flat_positions="position_ids" in accepted and "mrope_section" not in rope,
