@@ -122,8 +122,8 @@ def test_pandas_reads_the_table(tiny_vlm, tmp_path):
     columns = {"auroc response:max": {up: torch.linspace(0, 1, 48)}}
     Glasses(factors, tiny_vlm.fingerprint(), "test", columns=columns).save(tmp_path / "a", tiny_vlm)
     table = pd.read_parquet(tmp_path / "a" / "neurons.parquet")
-    assert list(table.columns) == ["site", "layer", "kind", "index", "factor", "auroc response:max"]
-    assert table.drop(columns="auroc response:max").values.tolist() == [
+    assert list(table.columns) == ["site", "layer", "kind", "index", "neuron", "factor", "auroc response:max"]
+    assert table.drop(columns=["neuron", "auroc response:max"]).values.tolist() == [
         ["layers.0.mlp.up_proj:out", 0, "mlp.up_proj:out", 3, 0.25],
         ["layers.0.mlp.up_proj:out", 0, "mlp.up_proj:out", 40, 0.0],
         ["layers.1.mlp.down_proj:in", 1, "mlp.down_proj:in", 7, 1.5],

@@ -190,7 +190,7 @@ def column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
 
 TABLES = {
     "no column": (lambda t: t.drop(["index"]), "no column index"),
-    "column twice": (lambda t: t.append_column("factor", t["factor"]), "7 columns, 6 of them with names of their own"),
+    "column twice": (lambda t: t.append_column("factor", t["factor"]), "8 columns, 7 of them with names of their own"),
     "another type": (lambda t: column(t, "index", t["index"].cast(pa.int64())), "column 'index' of type int64"),
     "wider factors": (lambda t: column(t, "factor", t["factor"].cast(pa.float64())), "column 'factor' of type double"),
     "text for evidence": (lambda t: t.append_column("x", t["kind"]), "column 'x' of type string"),

@@ -13,7 +13,9 @@ from defend.conftest import glasses_for
 from safeglasses.defend.card import glasses_card
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.home import Home
+from safeglasses.defend.table import read_table, write_neurons
 from safeglasses.errors import PartialMatch, SafeglassesError
+from safeglasses.model.sites import Site
 
 KEY = "base_model.model.model.language_model.layers.0.mlp.up_proj.ia3_l"
 
@@ -244,3 +246,23 @@ def test_record(saved, tiny_vlm):
     }
     assert record["n_neurons"] == glasses_for(tiny_vlm).n_neurons
     assert torch.tensor(list(record["widths"].values())).sum() == sum(tiny_vlm.anatomy.linears.values())
+
+
+# addresses in the table
+
+
+def test_the_table_prints_addresses_by_half(tmp_path):
+    sites = {Site("layers.0.mlp.gate_up_proj", "out"): 6, Site("layers.1.mlp.experts.3", "up"): 3}
+    masks = {site: torch.ones(width, dtype=torch.bool) for site, width in sites.items()}
+    n_rows = write_neurons(
+        tmp_path / "neurons.parquet", masks, {"factor": {s: torch.zeros(w) for s, w in sites.items()}}
+    )
+    table = pq.read_table(tmp_path / "neurons.parquet")
+    fused = [f"layers.0.mlp.gate_up_proj:{half}#{i}" for half in ("gate", "up") for i in range(3)]
+    assert table.column("neuron").to_pylist() == [*fused, *(f"layers.1.mlp.experts.3:up#{i}" for i in range(3))]
+    assert table.column("index").to_pylist() == [*range(6), *range(3)]
+    for kept in (table, table.drop_columns("neuron")):  # files of before have no such column
+        pq.write_table(kept, tmp_path / "neurons.parquet")
+        factors, columns = read_table(tmp_path / "neurons.parquet", sites, n_rows=n_rows)
+        assert {site: len(row) for site, row in factors.items()} == sites
+        assert not columns

@@ -284,7 +284,7 @@ def test_a_stack_is_saved_and_stacked_again_without_a_model(folders, tmp_path):
     assert [part["sha256"] for part in parts] == [sha256_file(folder / "glasses.json") for folder in folders]
     assert all(sha256_file(path) == sha256_file(tmp_path / "b" / path.name) for path in (tmp_path / "a").iterdir())
     columns = pq.read_schema(tmp_path / "a" / "neurons.parquet").names
-    assert columns[5:] == ["factor hate/glasses", "factor violence/glasses"]
+    assert columns[6:] == ["factor hate/glasses", "factor violence/glasses"]
     twice = stack_folders([tmp_path / "a", folders[0]])
     twice.glasses.save(tmp_path / "c")
     assert Glasses.load(tmp_path / "c") == twice.glasses

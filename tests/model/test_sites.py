@@ -50,3 +50,15 @@ def test_layer_is_the_first_number() -> None:
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(SafeglassesError, match="not a site address"):
         Site.parse(text)
+
+
+def test_people_read_halves() -> None:
+    fused = Site("layers.0.mlp.gate_up_proj", "out")
+    assert [fused.address(i, 8) for i in (0, 3, 4, 7)] == [
+        f"layers.0.mlp.gate_up_proj:{half}" for half in ("gate#0", "gate#3", "up#0", "up#3")
+    ]
+    assert Site("layers.0.mlp.up_gate_proj", "out").address(0, 8) == "layers.0.mlp.up_gate_proj:up#0"
+    assert fused.address(3, 7) == fused.neuron(3)
+    for plain in (Site("layers.0.mlp.gate_up_proj", "in"), Site("layers.0.mlp.up_proj", "out")):
+        assert plain.address(5, 8) == plain.neuron(5)
+    assert Site("layers.0.mlp.experts.3", "gate").address(5, 8) == "layers.0.mlp.experts.3:gate#5"

@@ -1,6 +1,7 @@
 """Ablation from the command to its page, on the miniature, whose refusals depend on known neurons."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,21 @@ def test_bad_input_is_refused_before_the_model_answers(
     every = Selection({s: torch.ones_like(m) for s, m in chosen.masks.items()})
     with pytest.raises(SafeglassesError, match="too few neurons are left to draw a control from"):
         ablate(vlm, every, harmful, judge, ordinary=benign)
+
+
+def test_neurons_are_read_from_a_list_of_addresses(family: Callable[[str], VLM], tmp_path: Path) -> None:
+    vlm, path = family("glm4v"), tmp_path / "neurons.txt"
+    path.write_text("layers.0.mlp.gate_up_proj:up#3\n\nlayers.0.mlp.gate_up_proj:out#5\nlayers.1.mlp.down_proj:in#7\n")
+    chosen = neurons_in(path, vlm)
+    named = {vlm.anatomy.address(site, i) for site, mask in chosen.masks.items() for i in mask.nonzero()[:, 0].tolist()}
+    assert named == {
+        "layers.0.mlp.gate_up_proj:up#3",
+        "layers.0.mlp.gate_up_proj:gate#5",
+        "layers.1.mlp.down_proj:in#7",
+    }
+    path.write_text("layers.0.mlp.gate_up_proj:up#48\n")
+    with pytest.raises(SafeglassesError, match="no such neuron"):
+        neurons_in(path, vlm)
+    path.write_text("\n")
+    with pytest.raises(SafeglassesError, match="no neuron in the file"):
+        neurons_in(path, vlm)

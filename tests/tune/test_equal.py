@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,11 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_linear_schedule_with_warmup
 
+import families
+from families.unrolled import NOT_OURS
 from safeglasses.find.selection import Selection
-from safeglasses.model.vlm import VLM
+from safeglasses.model.hooks import tap
+from safeglasses.model.vlm import VLM, load
 from safeglasses.tune import encoding
 from safeglasses.tune.config import TuneConfig
+from safeglasses.tune.folder import moved
 from safeglasses.tune.layers import aliases_quiet
+from safeglasses.tune.shield import Shield
 from safeglasses.tune.training import tune
 from tune.conftest import examples_of, neurons_of
 
@@ -50,10 +57,11 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
 def masks_of(vlm: VLM, neurons: Selection) -> dict[str, Tensor]:
     """Which rows may change, by module inside the whole model; named, not found by our own code."""
+    fused = "layers.0.mlp.gate_up_proj" in vlm.anatomy.linears
     return {
-        vlm.anatomy.absolute_path(site.path.replace("down_proj", name)): mask
+        vlm.anatomy.absolute_path(site.path.replace("down_proj", name)): mask.repeat(2) if fused else mask
         for site, mask in neurons.masks.items()
-        for name in ("gate_proj", "up_proj")
+        for name in (("gate_up_proj",) if fused else ("gate_proj", "up_proj"))
     }
 
 
@@ -158,3 +166,28 @@ def test_in_float32_only_rounding_differs(
     for path, change in shield.changes.items():
         reference = expected[tiny_vlm.anatomy.absolute_path(path)]
         assert float((change.delta() - reference).abs().max()) <= within * float(reference.abs().max())
+
+
+@pytest.mark.filterwarnings(NOT_OURS)
+@pytest.mark.parametrize("mode", ["lora", "rows"])
+def test_both_halves_of_a_fused_map_are_tuned(mode: Any, order: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    """The rows of a neuron's gate and of its up; no other neuron of the first layer moves; the file says the same."""
+    vlm = load(families.build("glm4v", tmp_path / "model"), dtype=torch.float64)
+    config, neurons = config_of(**SETTINGS["all"]), neurons_of(vlm)
+    shield = tune(vlm, neurons, examples_of(vlm), mode=mode, config=config)
+    expected = (masked_lora if mode == "lora" else masked_rows)(vlm, neurons, order, config)
+    for path, change in shield.changes.items():
+        reference = expected[vlm.anatomy.absolute_path(path)]
+        assert float((change.delta() - reference).abs().max()) <= 1e-6 * float(reference.abs().max())
+    site, batch, seen = next(iter(neurons.masks)), vlm.encode([examples_of(vlm)[1].chat()]), []
+    with torch.no_grad(), tap(vlm.model, vlm.anatomy, [site], lambda _, value: seen.append(value[0])):
+        vlm.forward(batch)
+        with shield.worn(vlm):
+            vlm.forward(batch)
+    assert torch.equal((seen[0] != seen[1]).any(dim=0), neurons.masks[site])
+    again = Shield.load(shield.save(tmp_path / "shield"))
+    assert again.identity == shield.identity
+    change = moved(again.neurons, again.changes)[site]
+    assert torch.equal(change > 0, neurons.masks[site])
+    table = pq.read_table(tmp_path / "shield/neurons.parquet")
+    assert len(table) == len(neurons)

@@ -15,7 +15,7 @@ from tune.conftest import examples_of, neurons_of
 
 CONFIG = TuneConfig(rank=2, alpha=4, learning_rate=3e-2, batch=2, micro_batch=2, max_steps=2, warmup=0.0)
 _PICTURED = [name for name, counts in families.PICTURES.items() if counts and 0 not in counts]
-DENSE = [n for n in families.FAMILIES if n not in (*families.MIXTURES, *_PICTURED, "glm4v", "llava", "gpt2")]
+DENSE = [n for n in families.FAMILIES if n not in (*families.MIXTURES, *_PICTURED, "llava", "gpt2")]
 
 
 @pytest.mark.parametrize("family", DENSE)

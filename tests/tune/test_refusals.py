@@ -14,9 +14,11 @@ from peft import LoraConfig
 import families
 from safeglasses.errors import BadRow, PartialMatch, SafeglassesError
 from safeglasses.find.selection import Selection
+from safeglasses.model.blocks import Block
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM, load
 from safeglasses.tune.config import TuneConfig
+from safeglasses.tune.targets import makers_of
 from safeglasses.tune.training import tune
 from tune.conftest import examples_of, neurons_of
 
@@ -74,11 +76,15 @@ def test_models(tmp_path: Path, tiny_vlm: VLM) -> None:
     found = refusal(lambda: tune(experts, neurons_of(tiny_vlm), examples_of(tiny_vlm), config=CONFIG))
     assert found.what == "the decoder has no feed-forward neurons that could be tuned one by one"
     assert "fused experts are kept as one tensor" in found.given
-    fused = load(families.build("glm4v", tmp_path / "glm4v"))
-    found = refusal(lambda: tune(fused, neurons_of(fused), examples_of(fused), config=CONFIG))
-    assert found.what == "no linear map makes these neurons one by one"
-    assert found.given == (
-        "layers.0.mlp.down_proj reads 48 neurons; beside it: layers.0.mlp.gate_up_proj with 96 outputs"
+    parts = tiny_vlm.anatomy
+    down = parts.ffn[0]
+    nameless = replace(parts, blocks=(Block(("wi",), down),), linears={"wi": 2 * parts.in_features[down]})
+    found = refusal(lambda: makers_of(nameless, down))
+    assert str(found) == (
+        "no linear map makes these neurons one by one\n"
+        "  given:    layers.0.mlp.down_proj reads 48 neurons; beside it: wi with 96 outputs\n"
+        "  expected: gate_proj and up_proj, fc1, or gate_up_proj: an output per neuron, or per half of one\n"
+        "  do:       use amplify, or glasses"
     )
     crossing = load(families.build("mllama", tmp_path / "mllama"))
     neurons = neurons_of(crossing)

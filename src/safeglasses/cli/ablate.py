@@ -12,7 +12,12 @@ from safeglasses.errors import SafeglassesError
 
 def ablate(
     model: options.Model,
-    neurons: Annotated[Path, typer.Option(help="A run of `shield`, a shield, glasses, or a file of safety neurons.")],
+    neurons: Annotated[
+        Path,
+        typer.Option(
+            help="A run of `shield`, a shield, glasses, a file of safety neurons, or .txt with an address a line."
+        ),
+    ],
     prompts: Annotated[
         Path, typer.Option(help="Harmful and harmless requests; splits find (ordinary activations) and test.")
     ],

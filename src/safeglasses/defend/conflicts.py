@@ -156,7 +156,7 @@ def _against(f: Float[Tensor, " neuron"], g: Float[Tensor, " neuron"]) -> Bool[T
 def _neuron(
     site: Site, index: int, f: Float[Tensor, " neuron"], g: Float[Tensor, " neuron"], product: Factors
 ) -> Neuron:
-    return Neuron(site.neuron(index), (float(f[index]), float(g[index])), float(product[site][index]))
+    return Neuron(site.address(index, len(f)), (float(f[index]), float(g[index])), float(product[site][index]))
 
 
 def _told(neuron: Neuron, names: tuple[str, str]) -> str:

@@ -6,6 +6,7 @@
 | `layer` | int32 | decoder layer, -1 outside any |
 | `kind` | string | the site without its layer, e.g. ``mlp.down_proj:in`` |
 | `index` | int32 | neuron within the site |
+| `neuron` | string | its address; in a gate-and-up map by half: ``layers.0.mlp.gate_up_proj:up#3`` |
 | `factor` | float32 | what the neuron's value is multiplied by at strength 1 (glasses) |
 | others | float32 | evidence: ``auroc <pool>``, ``held-out <pool>``, ``q <pool>`` …; see `COLUMNS` |
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Bool, Float
@@ -34,6 +36,7 @@ COLUMNS = {
     "layer": "decoder layer, -1 outside any",
     "kind": "the site without its layer",
     "index": "neuron within the site",
+    "neuron": "address; in a gate-and-up map by half",
     "factor": "what the neuron's value is multiplied by at strength 1",
     "auroc": "area under the ROC curve of the pooled value against the label (toxic = 1)",
     "held-out": "the same on held-out data",
@@ -48,6 +51,7 @@ _TYPES = {
     "kind": pa.string(),
     "index": pa.int32(),
 }
+_ADDRESS = "neuron"  # for people: what is loaded is `site` and `index`
 _MOST_COLUMNS = 1024
 _TEXT, _ROOM = 1024, 2**20  # bytes: of the two texts in a row, and of what a small table has besides rows
 
@@ -75,11 +79,13 @@ def write_neurons(path: Path, masks: Mapping[Site, Bool[Tensor, " _neuron"]], co
         return pa.array(torch.cat(rows).numpy() if rows else np.empty(0, np.float32), type=pa.float32())
 
     index = torch.cat([kept[s] for s in sites]).to(torch.int32).numpy() if sites else np.empty(0, np.int32)
+    named = [_addresses(site, kept[site].numpy(), len(masks[site])) for site in sites]
     arrays = {
         "site": spread([str(s) for s in sites], pa.string()),
         "layer": spread([s.layer for s in sites], pa.int32()),
         "kind": spread([s.kind for s in sites], pa.string()),
         "index": pa.array(index, type=pa.int32()),
+        _ADDRESS: pa.concat_arrays(named) if named else pa.array([], type=pa.string()),
     }
     arrays |= {name: joined(column) for name, column in columns.items()}
     fields = [
@@ -90,6 +96,15 @@ def write_neurons(path: Path, masks: Mapping[Site, Bool[Tensor, " _neuron"]], co
     pq.write_table(pa.table(list(arrays.values()), schema=pa.schema(fields)), sink, compression="zstd")
     atomic_write_bytes(path, sink.getvalue().to_pybytes())
     return int(sum(counts))
+
+
+def _addresses(site: Site, index: np.ndarray, width: int) -> pa.Array:
+    """Write `Site.address` of many neurons at once."""
+    halves = (0, width // 2) if site.address(0, width) != site.neuron(0) else (0,)
+    places = [site.address(first, width).partition("#")[0] for first in halves]
+    size = width // len(halves)
+    where = pa.DictionaryArray.from_arrays(pa.array((index // size).astype(np.int32)), pa.array(places))
+    return pc.binary_join_element_wise(where.cast(pa.string()), pa.array(index % size).cast(pa.string()), "#")
 
 
 def read_table(
@@ -168,7 +183,7 @@ def _read(path: Path, n_rows: int, first: str) -> pa.Table:
     """Read the file once its footer says what was expected: nothing is decompressed before."""
     with pq.ParquetFile(path) as file:
         wrong = _wrong_in_footer(file.schema_arrow, file.metadata, n_rows, first)
-        table = pa.table({}) if wrong else file.read()
+        table = pa.table({}) if wrong else file.read([n for n in file.schema_arrow.names if n != _ADDRESS])
     empty = [name for name in table.column_names if table.column(name).null_count]
     if wrong or empty:
         what = wrong or f"nothing in a row of column {empty[0][:80]!r}"
@@ -182,7 +197,8 @@ def _wrong_in_footer(schema: pa.Schema, said: pq.FileMetaData, n_rows: int, firs
     names = schema.names
     if len(set(names)) < len(names) or len(names) > _MOST_COLUMNS:
         return f"{len(names)} columns, {len(set(names))} of them with names of their own"
-    for name, kind in {**dict.fromkeys([*names, first], pa.float32()), **_TYPES}.items():
+    known = _TYPES | ({_ADDRESS: pa.string()} if _ADDRESS in names else {})
+    for name, kind in {**dict.fromkeys([*names, first], pa.float32()), **known}.items():
         if name not in names:
             return f"no column {name}"
         if schema.field(name).type != kind:

@@ -211,7 +211,7 @@ class Job:
                 if number < self.vlm.anatomy.width(site):
                     break
                 number -= self.vlm.anatomy.width(site)
-            given = site.neuron(number) if site is not None else error.given
+            given = self.vlm.anatomy.address(site, number) if site is not None else error.given
             raise SafeglassesError(error.what, given=given, expected=error.expected, do=error.do) from error
 
     def _runs(self) -> Iterator[tuple[int, int]]:

@@ -165,20 +165,14 @@ class Anatomy:
 
         The site is the map's whole ``:out``, as adapters want it; single neurons are addressed by half.
         """
-        block, leaf = self.block_of(path), path.rpartition(".")[2]
+        block = self.block_of(path)
         if block is None or path == block.down or self.linears[path] != 2 * self.in_features[block.down]:
             return None
-        gate, up = leaf.find("gate"), leaf.find("up")  # the name tells the order: gate_up_proj
-        if min(gate, up) < 0:
-            return None
-        return ("gate", "up") if gate < up else ("up", "gate")
+        return Site(path, "out").halves
 
     def address(self, site: Site, index: int) -> str:
         """Return the text form of one neuron; in a fused map by half: ``layers.0.mlp.gate_up_proj:up#3``."""
-        halves, half = self.halves(site.path), self.width(site) // 2
-        if site.side != "out" or halves is None:
-            return site.neuron(index)
-        return f"{site.path}:{halves[index >= half]}#{index % half}"
+        return site.address(index, self.width(site))
 
     def neuron(self, text: str) -> tuple[Site, int]:
         """Read the text form of one neuron, `address`'s or the plain ``SITE#INDEX``.

@@ -77,9 +77,32 @@ class Site:
         """The address without its layer and expert: ``mlp.down_proj:in``; one row of the report's heat map."""
         return f"{_EXPERT.sub(_without_number, self._inside_layer(), count=1)}:{self.side}"
 
+    @property
+    def halves(self) -> tuple[Side, Side] | None:
+        """What the two halves of a gate-and-up map's output are called, in their order; None elsewhere.
+
+        The name tells the order: ``gate_up_proj``. `Anatomy.halves` also looks at widths.
+        """
+        leaf = self.path.rpartition(".")[2]
+        gate, up = leaf.find("gate"), leaf.find("up")
+        if self.side != "out" or min(gate, up) < 0:
+            return None
+        return ("gate", "up") if gate < up else ("up", "gate")
+
     def neuron(self, index: int) -> str:
-        """Text form of one neuron: ``layers.12.mlp.down_proj:in#4077``."""
+        """Text form of one neuron: ``layers.12.mlp.down_proj:in#4077``; for people there is `address`."""
         return f"{self}#{index}"
+
+    def address(self, index: int, width: int) -> str:
+        """Text form of one neuron, in a gate-and-up map by half: ``layers.0.mlp.gate_up_proj:up#3``.
+
+        Args:
+            index: of the neuron.
+            width: neurons of the site.
+        """
+        if self.halves is None or width % 2:
+            return self.neuron(index)
+        return f"{self.path}:{self.halves[2 * index >= width]}#{index % (width // 2)}"
 
     def _inside_layer(self) -> str:
         match = _LAYER.search(self.path)

@@ -98,9 +98,10 @@ def _top(evidence: Evidence, row: int) -> tuple[_Neuron, ...]:
     top = []
     for i in order[:SHOWN].tolist():
         which = int(torch.searchsorted(ends, i, right=True))
+        first = int(ends[which - 1]) if which else 0
         top.append(
             _Neuron(
-                address=sites[which].neuron(i - int(ends[which - 1] if which else 0)),
+                address=sites[which].address(i - first, int(ends[which]) - first),
                 auroc=float(auroc[i]),
                 error=float(error[i]),
                 held_out=None if held_out is None else float(held_out[i]),

@@ -81,7 +81,7 @@ def top_neurons(
     directions = [direction(vlm, n.site, n.index) for n in chosen]
     return [
         NeuronCard(
-            neuron=neuron.site.neuron(neuron.index),
+            neuron=vlm.anatomy.address(neuron.site, neuron.index),
             factor=neuron.factor,
             expertise=_expertise(evidence, neuron),
             promoted=read.promoted,

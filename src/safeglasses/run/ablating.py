@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from safeglasses.data.examples import Example, read_examples
+from safeglasses.errors import SafeglassesError
 from safeglasses.files import read_json, write_json
 from safeglasses.find.contrast import FILE, Contrast
 from safeglasses.find.selection import Selection
@@ -132,11 +133,16 @@ def run_ablation(
 def neurons_in(path: str | Path, vlm: VLM) -> Selection:
     """Read a set of neurons: a run of ``shield``, a shield, a file of safety neurons (their union), or glasses.
 
+    Or a ``.txt`` file with an address a line, as reports and ``neurons.parquet`` print them, halves included:
+    ``layers.0.mlp.gate_up_proj:up#3``.
+
     Raises:
-        SafeglassesError: none of these is there.
+        SafeglassesError: none of these is there, or an address that the model does not have.
         WrongBase: they are of another model.
     """
     path = Path(path)
+    if path.suffix == ".txt" and path.is_file():
+        return _listed(path, vlm)
     if (path / "shield").is_dir():
         path = path / "shield"
     if path.name == FILE or (path / FILE).exists():
@@ -152,6 +158,17 @@ def neurons_in(path: str | Path, vlm: VLM) -> Selection:
         site: acting[site] != 1 if site in acting else torch.zeros(vlm.anatomy.width(site), dtype=torch.bool)
         for site in dict.fromkeys((*vlm.anatomy.sites("neurons"), *acting))
     }
+    return Selection(masks)
+
+
+def _listed(path: Path, vlm: VLM) -> Selection:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [vlm.anatomy.neuron(line.strip()) for line in lines if line.strip()]
+    if not found:
+        raise SafeglassesError("no neuron in the file", given=str(path), expected="an address a line")
+    masks = {site: torch.zeros(vlm.anatomy.width(site), dtype=torch.bool) for site, _ in found}
+    for site, index in found:
+        masks[site][index] = True
     return Selection(masks)
 
 

@@ -79,14 +79,14 @@ def claims(shield: Shield, glasses: Glasses) -> Claims:
         mine = ~mask if shield.mode == "freeze" else torch.ones_like(mask) if shield.mode == "plain" else mask
         factors = torch.ones(len(mask))
         for other in (site, *(Site(path, "out") for path in _makers(shield, site))):
-            if other in acting and len(acting[other]) == len(factors):
-                factors = factors * acting[other]
+            if other in acting and len(acting[other]) % len(factors) == 0:
+                factors = factors * acting[other].reshape(-1, len(factors)).prod(dim=0)  # gate and up may be one map
         both = mine & (factors != 1)
         tuned, scaled = tuned + int(mine.sum()), scaled + int((factors != 1).sum())
         silenced += int((both & (factors < 0.5)).sum())
         if count := int(both.sum()):
             by_layer[site.layer] += count
-            met += [(float(factors[i]), site.neuron(i)) for i in both.nonzero().flatten().tolist()]
+            met += [(float(factors[i]), site.address(i, len(both))) for i in both.nonzero().flatten().tolist()]
     met.sort()
     return Claims(
         tuned=tuned,

@@ -35,6 +35,7 @@ from safeglasses.tune.change import Change
 from safeglasses.tune.config import Mode
 from safeglasses.tune.counting import Counts
 from safeglasses.tune.record import HASHED, RECORD, Record, damaged, read_record, write_record
+from safeglasses.tune.targets import rows_of
 
 _PREFIX = "base_model.model."
 _MAY_MOVE = ("base_model_name_or_path", "revision")
@@ -105,12 +106,12 @@ def moved(neurons: Selection, changes: Mapping[str, Change]) -> dict[Site, Float
         block = site.path.rpartition(".")[0] + "."
         squares = torch.zeros(len(mask), dtype=torch.float64)
         for path, change in changes.items():
-            if path.startswith(block) and path != site.path and change.out == len(mask):
+            if path.startswith(block) and path != site.path and change.out in (len(mask), 2 * len(mask)):
                 a = change.a.double() * change.scale
                 rows = a if change.b is None else change.b.double()
                 norms = (rows * rows if change.b is None else rows @ (a @ a.T) * rows).sum(dim=1)
                 index = torch.arange(change.out) if change.rows is None else change.rows
-                squares.index_add_(0, index, norms)
+                squares.index_add_(0, index % len(mask), norms)  # gate and up may be one map
         found[site] = squares.clamp(min=0).sqrt().float()
     return found
 
@@ -203,10 +204,11 @@ def _read_change(folder: Path, record: Record, masks: Mapping[Site, Tensor], pat
         raise damaged(folder / RECORD, f"{path} is in no layer with a selected neuron")
     chosen = masks[site]
     reads = path == site.path
-    if len(chosen) != (into if reads else out):
+    if (into if reads else out) not in ((len(chosen),) if reads else (len(chosen), 2 * len(chosen))):
         raise damaged(folder / RECORD, f"{path} of {out} × {into} for {len(chosen)} neurons")
     inside = {"plain": None, "freeze": (~chosen).nonzero().flatten()}.get(stored.mode, chosen.nonzero().flatten())
-    rows, columns = (None, inside) if reads else (inside, None)
+    rows = None if inside is None or reads else rows_of(inside, len(chosen), out)
+    columns = inside if reads else None
     key = f"{_PREFIX}{record.home.absolute(path)}"
     try:
         with safe_open(folder / TENSORS, framework="pt") as tensors:

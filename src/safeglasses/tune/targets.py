@@ -1,7 +1,8 @@
 """Which rows and columns of which linear maps a training may change, given the neurons.
 
 A neuron is a coordinate of h in y = W_down h, h = act(W_gate x) ∘ W_up x: its rows of *gate* and *up* make it, its
-column of *down* says what it writes. Without a gate, one map makes it (fc1).
+column of *down* says what it writes. Without a gate, one map makes it (fc1); where gate and up are one map, it
+has a row in either half.
 
 | mode | rows of gate and up | columns of down |
 |---|---|---|
@@ -15,6 +16,7 @@ Source: Precise Shield (arXiv 2604.08881), section on tuning; SafeNeuron (arXiv 
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -87,8 +89,9 @@ def targets_of(anatomy: Anatomy, text_config: Any, neurons: Selection, mode: Mod
             )
         for path in makers_of(anatomy, site.path):
             out, into = anatomy.linears[path], anatomy.in_features[path]
-            rows = {"plain": None, "freeze": others}.get(mode, picked)
-            rank = len(picked) if mode == "rows" else config.rank
+            index = {"plain": None, "freeze": others}.get(mode, picked)
+            rows = None if index is None else rows_of(index, len(chosen), out)
+            rank = config.rank if mode != "rows" or rows is None else len(rows)
             found.append(Target(path, out, into, rows, None, rank, mode == "rows"))
         if mode == "freeze":
             out, into = anatomy.linears[site.path], anatomy.in_features[site.path]
@@ -102,23 +105,34 @@ def targets_of(anatomy: Anatomy, text_config: Any, neurons: Selection, mode: Mod
 
 
 def makers_of(anatomy: Anatomy, down: str) -> list[str]:
-    """Return the maps whose outputs make the neurons that `down` reads: gate and up, or fc1.
+    """Return the maps whose outputs make the neurons that `down` reads: gate and up, both in one, or fc1.
 
     Raises:
-        SafeglassesError: there are none, because gate and up are one tensor.
+        SafeglassesError: there are none.
     """
     block, width = anatomy.block_of(down), anatomy.in_features[down]
     inside = list(block.makers) if block is not None else []
-    found = [path for path in inside if anatomy.linears[path] == width]
+    found = [path for path in inside if anatomy.linears[path] == width or anatomy.halves(path) is not None]
     if not found:
         held = ", ".join(f"{path} with {anatomy.linears[path]:,} outputs" for path in inside) or "nothing else"
         raise SafeglassesError(
             "no linear map makes these neurons one by one",
             given=f"{down} reads {width:,} neurons; beside it: {held}",
-            expected="gate_proj and up_proj, or fc1, with one output per neuron",
-            do="gate and up in one tensor are not supported: use amplify, or glasses",
+            expected="gate_proj and up_proj, fc1, or gate_up_proj: an output per neuron, or per half of one",
+            do="use amplify, or glasses",
         )
     return found
+
+
+def rows_of(neurons: Int[Tensor, " neuron"], width: int, out: int) -> Int[Tensor, " row"]:
+    """Return the rows of a map that make some neurons; where gate and up are one map, those of both halves.
+
+    Args:
+        neurons: which.
+        width: how many there are.
+        out: rows of the map, as many or twice as many.
+    """
+    return torch.cat([neurons + start for start in range(0, out, width)])
 
 
 def check_plain(config: Any) -> None:
