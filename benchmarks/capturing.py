@@ -20,7 +20,7 @@ from safeglasses.model.vlm import VLM, Batch
 class Watched:
     """Where a recipe looks, and how it pools."""
 
-    sites: Literal["mlp", "linears"]
+    sites: Literal["mlp", "linears", "neurons"]
     pools: tuple[Pool, ...]
 
 
@@ -66,16 +66,18 @@ def batch_for(vlm: VLM, *, rows: int, prompt: int, response: int) -> Batch:
     )
 
 
-def measure(vlm: VLM, batch: Batch, watched: Watched, *, clock: Callable[[], float], rounds: int) -> Turns:
-    """Time ``bare`` and ``capture``, up to the pooled values in main memory.
+def measure(
+    vlm: VLM, batch: Batch, watched: Watched, *, clock: Callable[[], float], rounds: int, whole: bool = False
+) -> Turns:
+    """Time ``bare`` and ``capture``, up to the pooled values in main memory; also ``whole``, if asked.
 
     The bare pass computes logits of the last token only. Capture stops behind the last site, as all passes of
-    a run do but the first.
+    a run do but the first; ``whole`` is that first one.
     """
     sites = vlm.anatomy.sites(watched.sites)
     watch = Watch.on(vlm, sites, watched.pools)
     windows = [Window.of(batch, pool, [""] * len(batch.prompt_length)) for pool in watched.pools]
-    last = batch.inputs["input_ids"].shape[1] - 1
+    last = batch.ids.shape[1] - 1
 
     def bare() -> None:
         with torch.no_grad():
@@ -84,4 +86,8 @@ def measure(vlm: VLM, batch: Batch, watched: Watched, *, clock: Callable[[], flo
     def capture() -> None:
         pooled_pass(vlm, batch, windows, watch, whole=False).cpu()
 
-    return take_turns({"bare": bare, "capture": capture}, clock=clock, rounds=rounds)
+    def to_the_end() -> None:
+        pooled_pass(vlm, batch, windows, watch, whole=True).cpu()
+
+    works = {"bare": bare, "capture": capture} | ({"whole": to_the_end} if whole else {})
+    return take_turns(works, clock=clock, rounds=rounds)
