@@ -26,8 +26,8 @@ TEMPLATE = (
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPECS = {**llavas.SPECS, **gemmas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS}
-_NEED_TORCHVISION = () if is_torchvision_available() else ("mistral3",)
-FAMILIES = tuple(name for name in _SPECS if name not in _NEED_TORCHVISION)
+NEED_TORCHVISION = ("mistral3",)
+FAMILIES = tuple(name for name in _SPECS if name not in NEED_TORCHVISION or is_torchvision_available())
 """The families that can chat here."""
 MIXTURES = tuple(name for name in FAMILIES if name in moes.SPECS)
 """Those with fused experts, beside linear maps or in all layers."""

@@ -1,16 +1,15 @@
 """Picture tokens against a brute-force rule: change a picture, see which embeddings before the first layer change."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import families
-from safeglasses.model.vlm import VLM, Batch, Chat
+from circle import changed, embedded, one_message
+from safeglasses.model.vlm import VLM, Chat
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # glm4v's processor
 PICTURED = [name for name in families.FAMILIES if families.PICTURES[name]]
@@ -27,52 +26,6 @@ def turns(pictures: list[Any]) -> list[dict[str, Any]]:
         parts = [{"type": "text", "text": "what is " * index + "in"}, {"type": "image", "image": image}]
         talk.append({"role": "user", "content": [*parts, {"type": "text", "text": "this"}]})
     return talk
-
-
-def one_message(pictures: list[Any]) -> list[dict[str, Any]]:
-    images = [{"type": "image", "image": image} for image in pictures]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": "what is this"}]}]
-
-
-def embedded(vlm: VLM, batch: Batch) -> Tensor:
-    """Return what the first layer of what reads the prompt reads: ``[sample, token, hidden]``."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    @contextmanager
-    def watched(layer: nn.Module) -> Any:
-        handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
-        yield
-        handle.remove()
-
-    with torch.no_grad(), watched(first_layer(vlm)):
-        vlm.model(**batch.inputs, use_cache=False)
-    (value,) = seen
-    return value[0] if value.ndim == 4 else value  # Gemma 3n has several streams
-
-
-def first_layer(vlm: VLM) -> nn.Module:
-    encoder = vlm.anatomy.encoder_path
-    if encoder is None:
-        return vlm.model.get_submodule(vlm.anatomy.absolute_path(vlm.anatomy.layers_path) + ".0")
-    inside = vlm.model.get_submodule(encoder)
-    path = min((p for p, m in inside.named_modules() if p.endswith("layers.0") and "vision" not in p), key=len)
-    return inside.get_submodule(path)
-
-
-def changed(
-    vlm: VLM, build: Callable[[list[Any]], list[dict[str, Any]]], count: int, which: int
-) -> tuple[Batch, Tensor]:
-    """Return a prompt with pictures, and the tokens whose embeddings change with one of them."""
-    pictures = [families.picture(24, 24 + 12 * index, seed=index) for index in range(count)]
-    others = [*pictures]
-    others[which] = families.picture(*pictures[which].size, seed=100)
-    first, second = (vlm.encode([Chat(build(chosen), "a dog")]) for chosen in (pictures, others))
-    assert torch.equal(first.asked.inputs["input_ids"], second.asked.inputs["input_ids"])
-    moved = (embedded(vlm, first) != embedded(vlm, second)).any(dim=-1)
-    return first, moved
 
 
 @pytest.mark.parametrize("name", PICTURED)

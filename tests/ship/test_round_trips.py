@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 
-# of families with fused experts no adapter carries all neurons: test_families.py and test_fold_experts.py have them
+# of families with fused experts no adapter carries all neurons: tests/test_families.py has them all
 @pytest.mark.parametrize("family", [name for name in families.FAMILIES if name not in families.MIXTURES])
 def test_every_form_gives_the_logits_of_wearing(family, folder_of, tmp_path):
     trip = travel(folder_of(family), tmp_path, torch.float32)

@@ -22,7 +22,7 @@ This page is made by `python scripts/make_architectures.py`; a test compares it 
 {modular} from a config of our own (the default builds no model).
 
 What may be done is what the code's own rules allow for this anatomy. That a type is allowed does not mean that it was
-ever run: the tests run tiny models of the families in `tests/families`.
+ever run: [families.md](families.md) has what was, with tiny models.
 
 ## Anatomy
 
