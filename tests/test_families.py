@@ -9,7 +9,6 @@ from transformers.utils import is_torchvision_available
 import circle
 import families
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # GLM's and Ernie's
 ANEW = "If what was found is right, run `python scripts/make_families.py` and commit the page."
 
 

@@ -11,7 +11,6 @@ import families
 from circle import changed, embedded, one_message
 from safeglasses.model.vlm import VLM, Chat
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # glm4v's processor
 PICTURED = [name for name in families.FAMILIES if families.PICTURES[name]]
 CROSSING = ("mllama",)
 """Pictures enter by cross-attention alone: no embedding changes, and the span is the placeholder."""
