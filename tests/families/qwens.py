@@ -130,6 +130,18 @@ def _glm4v_processor(tokenizer: Any) -> ProcessorMixin:
     return without_video("glm4v.Glm4vProcessor")(image_processor=images, tokenizer=tokenizer)
 
 
+def _glm46v(ids: dict[str, int]) -> Any:
+    like = _glm4v(ids).to_dict()
+    return get("glm46v.Glm46VConfig")(**{name: value for name, value in like.items() if name != "model_type"})
+
+
+def _glm46v_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("glm46v", "Glm46VImageProcessorPil")(
+        patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
+    )
+    return without_video("glm46v.Glm46VProcessor")(image_processor=images, tokenizer=tokenizer)
+
+
 SPECS: dict[str, Family] = {
     **{
         package: Family(
@@ -151,6 +163,14 @@ SPECS: dict[str, Family] = {
         _glm4v,
         "Glm4vForConditionalGeneration",
         _glm4v_processor,
+        tokens=_GLM_TOKENS,
+        named={"image_token": "<|image|>", "video_token": "<|video|>"},
+        image="<|begin_of_image|><|image|><|end_of_image|>",
+    ),
+    "glm46v": Family(
+        _glm46v,
+        "Glm46VForConditionalGeneration",
+        _glm46v_processor,
         tokens=_GLM_TOKENS,
         named={"image_token": "<|image|>", "video_token": "<|video|>"},
         image="<|begin_of_image|><|image|><|end_of_image|>",
