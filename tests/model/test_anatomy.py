@@ -19,7 +19,7 @@ from safeglasses.model.vlm import VLM
 
 GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-# by hand, from modelling files, for families that differ in shape: decoder, feed-forward maps (output last), attention's
+# by hand, from modelling files, where shapes differ: decoder, feed-forward maps (output last), attention's maps
 EXPECTED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(
         (
