@@ -11,6 +11,7 @@ site, which saves a part of the last of few layers; so there is also a pass to t
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from capturing import Watched, measure
@@ -60,7 +61,8 @@ SHAPES = (
 def random_mixture(shape: Shape) -> VLM:
     """A model with random weights whose tokenizer is never asked for anything."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+    make: Any = Qwen3MoeConfig
+    config = make(
         vocab_size=4096,
         hidden_size=shape.hidden,
         intermediate_size=shape.hidden,
@@ -72,7 +74,8 @@ def random_mixture(shape: Shape) -> VLM:
         num_key_value_heads=shape.hidden // 256,
         head_dim=64,
     )
-    model = Qwen3MoeForCausalLM(config).to(shape.dtype).eval()
+    model: Any = Qwen3MoeForCausalLM(config)
+    model = model.to(shape.dtype).eval()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, "x")),
         eos_token="x",  # noqa: S106

@@ -9,7 +9,8 @@ from families.unrolled import NOT_OURS, chat, hooked, unrolled
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.model.experts import Experts
 from safeglasses.model.hooks import replaced, scaled, tap, tap_routed
-from safeglasses.model.routing import NAME, Routing
+from safeglasses.model.routes import Routing
+from safeglasses.model.routing import NAME
 from safeglasses.model.sites import Side, Site
 from safeglasses.model.vlm import VLM, Batch
 

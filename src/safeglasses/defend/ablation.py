@@ -16,7 +16,8 @@ from safeglasses.find.passes import plan
 from safeglasses.find.selection import Selection
 from safeglasses.model.experts import Experts
 from safeglasses.model.hooks import replaced, tap, tap_routed
-from safeglasses.model.routing import Routing, by_module
+from safeglasses.model.routes import Routing
+from safeglasses.model.routing import by_module
 from safeglasses.model.sites import Side, Site
 from safeglasses.model.vlm import VLM
 

@@ -69,14 +69,15 @@ def expert_steps(anatomy: Anatomy, factors: Factors) -> dict[str, Steps]:
     for path, tables in halves.items():
         experts, name = anatomy.experts[path], anatomy.absolute_path(path)
         ones = torch.ones(experts.n_experts, experts.width)
-        table = tables.get("up", ones)
-        if experts.gated:
-            pair = [tables.get("gate", ones), table]
-            table = torch.stack(pair, dim=2).flatten(1) if experts.interleaved else torch.cat(pair, dim=1)
-        maker = f"{name}.{experts.makers[0]}"
-        found[maker] = ((0, table[:, None, :] if experts.transposed else table[:, :, None]),)
-        if experts.biased:
-            found[f"{maker}_bias"] = ((0, table),)
+        by_maker = {f"{side}_proj": table for side, table in tables.items()}
+        if "gate_up_proj" in experts.makers:
+            pair = [tables.get(side, ones) for side in ("gate", "up")]
+            both = torch.stack(pair, dim=2).flatten(1) if experts.interleaved else torch.cat(pair, dim=1)
+            by_maker = {"gate_up_proj": both}
+        for maker, table in by_maker.items():
+            found[f"{name}.{maker}"] = ((0, table[:, None, :] if experts.transposed else table[:, :, None]),)
+            if experts.biased:
+                found[f"{name}.{maker}_bias"] = ((0, table),)
     return found
 
 

@@ -19,7 +19,8 @@ from safeglasses.find.pools import MEANS, Pool, Window
 from safeglasses.find.routed import Span
 from safeglasses.model.experts import Experts
 from safeglasses.model.hooks import tap, tap_routed
-from safeglasses.model.routing import Routing, by_module, check_reachable
+from safeglasses.model.routes import Routing
+from safeglasses.model.routing import by_module, check_reachable
 from safeglasses.model.sites import Side, Site
 from safeglasses.model.vlm import VLM, Batch, batches
 

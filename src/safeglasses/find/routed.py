@@ -22,7 +22,7 @@ from safeglasses.find.pools import Window
 from safeglasses.find.statistic import LEFT_OUT, Columns, Samples, Statistic
 from safeglasses.model.anatomy import Anatomy
 from safeglasses.model.experts import Experts
-from safeglasses.model.routing import Routing
+from safeglasses.model.routes import Routing
 from safeglasses.model.sites import Side, Site
 
 

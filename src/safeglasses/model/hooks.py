@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy, module
 from safeglasses.model.experts import Experts
-from safeglasses.model.routing import Routing, by_module, check_reachable, tokens_of, visited
+from safeglasses.model.routes import Routing, together, tokens_of
 from safeglasses.model.routing import Visit as RoutedVisit
+from safeglasses.model.routing import by_module, check_reachable, visited
 from safeglasses.model.sites import Side, Site
 
 Visit = Callable[[Tensor], Tensor | None]
@@ -75,14 +76,32 @@ def tap_routed(
     with ExitStack() as hooks:
         for experts, side in wanted:
             given: dict[str, Tensor] = {}
+            parts: list[tuple[Routing, Tensor]] = []
 
             def read(
-                routing: Routing, value: Tensor, experts: Experts = experts, side: Side = side, given: Any = given
+                routing: Routing,
+                value: Tensor,
+                experts: Experts = experts,
+                side: Side = side,
+                given: Any = given,
+                parts: list[tuple[Routing, Tensor]] = parts,
             ) -> None:
+                if not routing.whole:
+                    parts.append((routing, value))
+                    return
                 placed = replace(routing, row=tokens_of(routing, given.pop("whole", None), tokens))
                 callback(experts, side, placed, value)
 
+            def gather(
+                _module: nn.Module, _args: Any, _output: Any, parts: Any = parts, read: Any = read
+            ) -> None:  # experts that compute one after the other are read together, once the last has
+                if parts:
+                    found, parts[:] = list(parts), []
+                    read(*together(found))
+
             hooks.enter_context(visited(model, anatomy, [(experts, side, read)]))
+            holder = model.get_submodule(anatomy.absolute_path(experts.path))
+            hooks.callback(holder.register_forward_hook(gather).remove)
             for path in _inside_layer(anatomy, experts):
 
                 def keep(

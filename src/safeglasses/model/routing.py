@@ -2,49 +2,30 @@
 
 No hook on a module sees the neurons of fused experts. Inside `visited` the model's experts run through an entry of
 transformers' ``ALL_EXPERTS_FUNCTIONS`` that computes what its ``grouped_mm`` does and shows every intermediate;
-outside nothing is left of it. Modules that nobody visits keep the implementation that the model had.
+outside nothing is left of it. Modules that nobody visits keep the implementation that the model had. Experts that do
+not go through that interface run their own code, and `products` looks at it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy
 from safeglasses.model.experts import Experts
+from safeglasses.model.products import Products
+from safeglasses.model.routes import Routing
 from safeglasses.model.sites import Side, Site
 
 NAME = "safeglasses"
 """Of the entry in transformers' interface."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which tokens one forward of fused experts sends to which of them: a row per pair, by expert, then by token."""
-
-    expert: Int[Tensor, " row"]
-    """Numbers of the experts, ascending."""
-    row: Int[Tensor, " row"]
-    """Which of the tokens that the module was given."""
-    ends: Int[Tensor, " expert"]
-    """Per expert the row behind its last one."""
-    given: Float[Tensor, "token hidden"]
-    """What the module was given."""
-
-    @cached_property
-    def slices(self) -> tuple[tuple[int, slice], ...]:
-        """The experts that get a token, and their rows."""
-        ends = self.ends.tolist()
-        bounds = zip([0, *ends[:-1]], ends, strict=True)
-        return tuple((expert, slice(first, last)) for expert, (first, last) in enumerate(bounds) if first < last)
 
 
 Visit = Callable[[Routing, Tensor], Tensor | None]
@@ -60,6 +41,15 @@ class _Before:
     users: int = 0
 
 
+@dataclass
+class _Watched:
+    """Hooks around the forward of experts that compute in a way of their own."""
+
+    handles: tuple[RemovableHandle, ...]
+    users: int = 1
+
+
+_WATCHED: WeakKeyDictionary[nn.Module, _Watched] = WeakKeyDictionary()
 _VISITS: WeakKeyDictionary[nn.Module, list[tuple[Side, Visit]]] = WeakKeyDictionary()
 _BEFORE: dict[int, _Before] = {}
 
@@ -77,65 +67,34 @@ def visited(model: nn.Module, anatomy: Anatomy, visits: Iterable[tuple[Experts, 
     wanted = tuple(visits)
     modules = [_module(model, anatomy, experts) for experts, _, _ in wanted]
     with ExitStack() as leaving:
-        for module, (_, side, visit) in zip(modules, wanted, strict=True):
+        for module, (experts, side, visit) in zip(modules, wanted, strict=True):
             entry = (side, visit)
             _VISITS.setdefault(module, []).append(entry)
             leaving.callback(_forget, module, entry)
-            _take_over(module.config)
-            leaving.callback(_hand_back, module.config)
+            if experts.dispatched:
+                _take_over(module.config)
+                leaving.callback(_hand_back, module.config)
+            else:
+                _watch(module, experts)
+                leaving.callback(_unwatch, module)
         yield
 
 
 def check_reachable(anatomy: Anatomy, sites: Iterable[Site]) -> None:
-    """Check that the fused experts among these sites can be read and changed.
+    """Check that the fused experts among these sites can be read and changed, as far as can be told before they run.
 
     Raises:
-        SafeglassesError: they do not go through transformers' experts interface.
+        SafeglassesError: they neither go through transformers' experts interface nor may `Products` understand them.
     """
     for site in sites:
         found = anatomy.expert(site)
-        if found is not None and not found[0].dispatched:
+        if found is not None and not found[0].dispatched and found[0].biased:
             raise SafeglassesError(
-                "these experts compute in a way of their own, which cannot be read or changed from inside",
-                given=f"{site}: the model's code does not use transformers' experts interface"
-                + ("" if found[0].routed else ", and every token passes every expert"),
-                expected="experts that transformers decorates with use_experts_implementation",
+                "these experts compute in a way of their own, with biases, which cannot be read or changed from inside",
+                given=f"{site}: the model's code does not use transformers' experts interface",
+                expected="experts that transformers decorates with use_experts_implementation, or without biases",
                 do='use sites="linears", which leaves fused experts out',
             )
-
-
-def tokens_of(routing: Routing, whole: Float[Tensor, "token hidden"] | None, count: int) -> Int[Tensor, " row"]:
-    """Return which of the tokens of a batch each row is of.
-
-    Some models give their experts a part of the tokens only, such as those of pictures: these are found again in
-    what the block around the experts was given.
-
-    Args:
-        routing: of one forward.
-        whole: what the block was given, all tokens of the batch; None: not known.
-        count: tokens of the batch, padding included.
-
-    Raises:
-        SafeglassesError: the tokens cannot be told.
-    """
-    if len(routing.given) == count:
-        return routing.row
-    if whole is not None and len(whole) == count:
-        weights = torch.randint(2**62, (whole.shape[1],), generator=torch.Generator().manual_seed(0))
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.dtype.itemsize]
-        every, some = (
-            (rows.detach().contiguous().view(integer).long() * weights.to(rows.device)).sum(dim=1)
-            for rows in (whole, routing.given)
-        )
-        place = torch.isin(every, some).nonzero()[:, 0]
-        if len(place) == len(some) and torch.equal(every[place], some):
-            return place[routing.row]
-    raise SafeglassesError(
-        "it cannot be told which tokens these experts were given",
-        given=f"{len(routing.given)} of {count} tokens",
-        expected="all tokens, or a part of what their block was given, in order",
-        do='use sites="linears", which leaves fused experts out',
-    )
 
 
 def _module(model: nn.Module, anatomy: Anatomy, experts: Experts) -> Any:
@@ -184,11 +143,7 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     routing = Routing(expert, order // k, ends, hidden_states)
 
     def shown(side: Side, value: Tensor) -> Tensor:
-        for wanted, visit in visits:
-            if wanted == side:
-                changed = visit(routing, value)
-                value = value if changed is None else changed
-        return value
+        return _visited(visits, side, routing, value)
 
     def mapped(name: str, value: Tensor) -> Tensor:
         bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
@@ -207,6 +162,44 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return value[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _visited(visits: Sequence[tuple[Side, Visit]], side: Side, routing: Routing, value: Tensor) -> Tensor:
+    for wanted, visit in visits:
+        if wanted == side:
+            changed = visit(routing, value)
+            value = value if changed is None else changed
+    return value
+
+
+def _watch(module: nn.Module, experts: Experts) -> None:
+    """Look at the products of experts that compute in a way of their own, from the first of us on."""
+    if module in _WATCHED:
+        _WATCHED[module].users += 1
+        return
+
+    def show(side: Side, numbers: Tensor, tokens: Tensor, value: Tensor, given: Tensor, whole: bool) -> Tensor:
+        every = torch.arange(experts.n_experts, device=numbers.device)
+        ends = torch.searchsorted(numbers, every, right=True)
+        return _visited(_VISITS[module], side, Routing(numbers, tokens, ends, given, whole), value)
+
+    products = Products(module, experts, show)
+    _WATCHED[module] = _Watched(
+        (
+            module.register_forward_pre_hook(lambda _module, args: products.begin(args[0])),
+            module.register_forward_hook(lambda *_: products.check()),
+            module.register_forward_hook(lambda *_: products.end(), always_call=True),
+        )
+    )
+
+
+def _unwatch(module: nn.Module) -> None:
+    watched = _WATCHED[module]
+    watched.users -= 1
+    if not watched.users:
+        for handle in watched.handles:
+            handle.remove()
+        del _WATCHED[module]
 
 
 def _halves_shown(module: Any, value: Tensor, shown: Callable[[Side, Tensor], Tensor]) -> Tensor:

@@ -47,8 +47,8 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
     tied = _tied(model, anatomy)
     if anatomy.experts:
         routed = "fused experts are slices of 3-D parameters, which no module computes alone"
-        own = "experts that do not compute through transformers' experts interface cannot be entered"
-        entered = all(experts.dispatched for experts in anatomy.experts.values())
+        own = "experts with biases that do not compute through transformers' experts interface cannot be entered"
+        entered = all(experts.dispatched or not experts.biased for experts in anatomy.experts.values())
         limits = {} if entered else {"capture": own, "wear": own, "fold": own}
         limits |= {
             "IA3": routed,
