@@ -1,18 +1,24 @@
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import families
 from families.unrolled import NOT_OURS, chat, hooked, unrolled
+from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import PartialMatch, SafeglassesError
+from safeglasses.model import routing as entered
 from safeglasses.model.experts import Experts
 from safeglasses.model.hooks import replaced, scaled, tap, tap_routed
 from safeglasses.model.routes import Routing
 from safeglasses.model.routing import NAME
 from safeglasses.model.sites import Side, Site
-from safeglasses.model.vlm import VLM, Batch
+from safeglasses.model.vlm import VLM, Batch, load
 
 pytestmark = pytest.mark.filterwarnings(NOT_OURS)
 QWEN = "qwen3_vl_moe"
@@ -42,10 +48,8 @@ def factors_of(vlm: VLM) -> dict[Site, Tensor]:
 
 
 def implementations(vlm: VLM) -> set[str | None]:
-    return {
-        vlm.model.get_submodule(vlm.anatomy.absolute_path(p)).config._experts_implementation
-        for p in vlm.anatomy.experts
-    }
+    modules: list[Any] = [vlm.model.get_submodule(vlm.anatomy.absolute_path(path)) for path in vlm.anatomy.experts]
+    return {module.config._experts_implementation for module in modules}
 
 
 def test_values_are_those_of_unrolled_experts(vlm: VLM) -> None:
@@ -119,7 +123,7 @@ def test_rows_are_told_by_token(vlm: VLM) -> None:
     def see(experts: Experts, _side: Side, routing: Routing, _value: Tensor) -> None:
         found[experts.path] = routing
 
-    wanted = [(fused, "in") for fused in vlm.anatomy.experts.values()]
+    wanted: list[tuple[Experts, Side]] = [(fused, "in") for fused in vlm.anatomy.experts.values()]
     with tap_routed(vlm.model, vlm.anatomy, wanted, see, tokens=batch.inputs["input_ids"].numel()):
         logits(vlm)
     logits(vlm, model)
@@ -180,3 +184,64 @@ def test_what_is_not_there_is_refused_before_anything_changes(family: Callable[[
     ):
         pass
     assert implementations(vlm) == was
+
+
+def test_without_what_transformers_keeps_to_itself(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grouped product is private: in terms of what is public the values are the same."""
+    factors = factors_of(vlm)
+    with scaled(vlm.model, vlm.anatomy, factors):
+        expected = logits(vlm)
+        monkeypatch.setattr(entered, "_grouped", entered._by_expert)
+        torch.testing.assert_close(logits(vlm), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_config_without_the_entry_is_refused_and_left_alone(
+    family: Callable[[str], VLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = family(QWEN)
+    before = logits(vlm)
+    monkeypatch.setattr(entered, "_IMPLEMENTATION", "_gone")
+    with pytest.raises(SafeglassesError) as caught, scaled(vlm.model, vlm.anatomy, factors_of(vlm)):
+        pass
+    assert str(caught.value) == (
+        "this version of transformers keeps the implementation of experts elsewhere\n"
+        f"  given:    transformers {transformers.__version__}: no _gone in Qwen3VLMoeTextConfig\n"
+        "  expected: a version that safeglasses was tested with, such as 5.23\n"
+        '  do:       install that, or use sites="linears", which leaves fused experts out'
+    )
+    monkeypatch.undo()
+    assert torch.equal(logits(vlm), before)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gpt_oss"])
+def test_bfloat16_is_that_of_unrolled_experts(name: str, tmp_path: Path) -> None:
+    """In the first layer with experts: behind it, rounding sends tokens to other experts."""
+    vlm = load(families.build(name, tmp_path / name), dtype="bfloat16")
+    model, made = unrolled(vlm)
+    for experts in made.values():
+        experts.to(torch.bfloat16)
+    sites = next(iter(vlm.anatomy.experts.values())).sites("gate", "up", "in", "out")
+    factors = {site: row for site, row in factors_of(vlm).items() if site in sites}
+    ours: dict[Site, Tensor] = {}
+    for worn in ({}, factors):
+        theirs: dict[Site, Tensor] = {}
+
+        def see(value: Tensor, site: Site, worn: dict[Site, Tensor], theirs: dict[Site, Tensor]) -> Tensor:
+            theirs[site] = value * worn[site].to(value) if site in worn else value
+            return theirs[site]
+
+        ours.clear()
+        with scaled(vlm.model, vlm.anatomy, worn), tap(vlm.model, vlm.anatomy, sites, ours.__setitem__):
+            logits(vlm)
+        with hooked(made, {site: partial(see, site=site, worn=worn, theirs=theirs) for site in sites}):
+            logits(vlm, model)
+        assert ours.keys() == theirs.keys()
+        for site, value in ours.items():
+            assert value.dtype == torch.bfloat16
+            torch.testing.assert_close(value, theirs[site], atol=3e-2, rtol=3e-2)
+    Glasses(factors, vlm.fingerprint(), "made up").fold(vlm)
+    folded: dict[Site, Tensor] = {}
+    with tap(vlm.model, vlm.anatomy, [site for site in sites if site.side == "out"], folded.__setitem__):
+        logits(vlm)
+    for site, value in folded.items():
+        torch.testing.assert_close(value, ours[site], atol=3e-2, rtol=3e-2)

@@ -13,9 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.integrations import moe
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy
@@ -24,6 +26,7 @@ from safeglasses.model.products import Products
 from safeglasses.model.routes import Routing
 from safeglasses.model.sites import Side, Site
 
+_IMPLEMENTATION = "_experts_implementation_internal"  # of a config; private as well, so it is looked for first
 NAME = "safeglasses"
 """Of the entry in transformers' interface."""
 
@@ -118,17 +121,40 @@ def _forget(module: nn.Module, entry: tuple[Side, Visit]) -> None:
 
 
 def _take_over(config: Any) -> None:
+    if _IMPLEMENTATION not in vars(config):
+        raise SafeglassesError(
+            "this version of transformers keeps the implementation of experts elsewhere",
+            given=f"transformers {transformers.__version__}: no {_IMPLEMENTATION} in {type(config).__name__}",
+            expected="a version that safeglasses was tested with, such as 5.23",
+            do='install that, or use sites="linears", which leaves fused experts out',
+        )
     before = _BEFORE.setdefault(id(config), _Before(config, config._experts_implementation))
     before.users += 1
-    config._experts_implementation_internal = NAME  # as transformers sets it: the property would reach sub-configs
+    setattr(config, _IMPLEMENTATION, NAME)  # as transformers sets it: the property would reach sub-configs
 
 
 def _hand_back(config: Any) -> None:
     before = _BEFORE[id(config)]
     before.users -= 1
     if not before.users:
-        config._experts_implementation_internal = before.implementation
+        setattr(config, _IMPLEMENTATION, before.implementation)
         del _BEFORE[id(config)]
+
+
+def _by_expert(
+    value: Tensor, weight: Tensor, ends: Tensor, *, bias: Tensor | None = None, is_transposed: bool = False
+) -> Tensor:
+    """Multiply every expert's rows by its weight, one after the other; `_grouped` in terms of what is public."""
+    firsts = [0, *ends.tolist()]
+    parts = [
+        value[first:last] @ (matrix if is_transposed else matrix.T)
+        for first, last, matrix in zip(firsts, firsts[1:], weight, strict=False)
+    ]
+    product = torch.cat(parts)
+    return product if bias is None else product + bias
+
+
+_grouped: Callable[..., Tensor] = getattr(moe, "_grouped_linear", _by_expert)  # private, and many times as fast
 
 
 def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -147,7 +173,7 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
     def mapped(name: str, value: Tensor) -> Tensor:
         bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-        return _grouped_linear(value, getattr(module, name), ends, bias=bias, is_transposed=module.is_transposed)
+        return _grouped(value, getattr(module, name), ends, bias=bias, is_transposed=module.is_transposed)
 
     value = mapped("gate_up_proj" if module.has_gate else "up_proj", hidden_states[routing.row])
     sides = {side for side, _ in visits}
