@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from safeglasses.cli import execute, fit, inspect
+from safeglasses.cli.options import where
 from safeglasses.defend.recipes import RECIPES
 from safeglasses.model.vlm import VLM
 
@@ -20,7 +21,7 @@ def estimated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[st
 def test_defaults_are_those_of_the_default_recipe() -> None:
     recipe = RECIPES[signatures.signature(fit).parameters["recipe"].default]
     options = signatures.signature(inspect).parameters
-    assert options["sites"].default.value == recipe.sites
+    assert where(options["sites"].default) == recipe.sites
     assert options["pools"].default == ",".join(map(str, recipe.pools))
 
 

@@ -14,6 +14,7 @@ from safeglasses.cli import VERBS, demo, execute, fit
 from safeglasses.data.probes import Cell
 from safeglasses.defend.glasses import Glasses
 from safeglasses.find.contrast import COLUMNS, FILE, Contrast
+from safeglasses.find.evidence import Evidence
 from safeglasses.find.overlap import atlas_of
 from safeglasses.find.rules import Rule
 from safeglasses.model.overview import overview
@@ -283,3 +284,27 @@ def test_neurons_errors(contrast: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "expected: precise-shield or wanda" in capsys.readouterr().err
     assert execute(["neurons", str(contrast), "--rule", "nonsense"]) == 2
     assert "no such rule" in capsys.readouterr().err
+
+
+def test_both_sides_of_the_fusion_in_one_capture(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["capture", str(tiny), "--pairs", str(data / "pairs.jsonl"), "--limit", "40", "--resamples", "0"]
+    where = ["--sites", "mlp", "--sites", "projector", "--sites", "vision"]
+    assert execute([*given, *where, "--out", str(tmp_path / "none"), "--json"]) == 2
+    failed = json.loads(capsys.readouterr().out)
+    assert failed["error"] == "no token to pool over at this site"
+    assert failed["given"].startswith("/model.multi_modal_projector.linear_1:out with prompt:last")
+    assert execute([*given, *where, "--pools", "prompt:max", "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"] == 6 + 2 + 12
+    evidence = Evidence.load(tmp_path / "run" / "evidence.safetensors")
+    assert {site.outside for site in evidence.auroc} == {True, False}
+    page = (tmp_path / "run" / "evidence.html").read_text(encoding="utf-8")
+    assert "/multi_modal_projector…linear_1" in page or "/multi_modal_projector\\u2026linear_1" in page
+    assert execute(["inspect", str(tiny), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["anatomy"]["outside"]
+    assert {row["region"] for row in rows} == {"vision", "projector"}
+    assert execute(["inspect", str(tiny)]) == 0
+    shown = capsys.readouterr().out
+    assert "linear maps beyond the decoder, on request (--sites)" in shown
+    assert "/model.vision_tower.encoder.layers.0.self_attn.k_proj:out#INDEX" in shown

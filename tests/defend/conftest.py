@@ -36,7 +36,9 @@ def logits_of(vlm: VLM, batch: Batch) -> Tensor:
         return vlm.forward(batch)
 
 
-def glasses_for(vlm: VLM, *, what: str = "linears", seed: int = 0, share: float = 0.5, **more: object) -> Glasses:
+def glasses_for(
+    vlm: VLM, *, what: str | tuple[str, ...] = "linears", seed: int = 0, share: float = 0.5, **more: object
+) -> Glasses:
     """Random factors from 0 to 1.2 for a share of the neurons of a family of sites."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}

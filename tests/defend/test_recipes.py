@@ -1,6 +1,7 @@
 """Every named recipe against scikit-learn and its formula; files; what is refused."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.find.auroc import auroc
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.pools import Pool
-from safeglasses.model.anatomy import Anatomy
+from safeglasses.model.anatomy import Anatomy, What
 from safeglasses.model.blocks import Block
 from safeglasses.model.sites import Site
 
@@ -491,7 +492,7 @@ def test_unreadable_recipe_files(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "value", "words"),
     [
-        ("sites", "vision", "mlp or linears or neurons or attention or heads"),
+        ("sites", "attic", " or ".join(get_args(What))),
         ("rule", "aura", "gini or constant or calibrated"),
     ],
 )

@@ -267,5 +267,5 @@ def test_the_decoder_of_an_encoder_decoder(family: Callable[[str], VLM], make: M
     finally:
         for site in sites:
             vlm.model.get_submodule(vlm.anatomy.absolute(site))._forward_hooks.clear()
-    with pytest.raises(SafeglassesError, match="reads nothing of the prompt itself"):
+    with pytest.raises(SafeglassesError, match="no token to pool over at this site"):
         capture(vlm, examples, sites=sites, pools=[Pool("image", "max")])

@@ -16,7 +16,7 @@ def capture(
     model: options.Model,
     pairs: Annotated[Path, typer.Option(help="Toxic and non-toxic examples: .jsonl, .parquet or a folder.")],
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="named after the model")] = None,
-    sites: options.Sites = options.Where.LINEARS,
+    sites: options.Sites = None,
     pools: options.Pools = "prompt:last,response:max",
     engine: Annotated[
         Literal["auto", "exact", "histogram"], typer.Option(help="exact keeps every value, histogram counts.")
@@ -57,7 +57,7 @@ def capture(
             model,
             pairs,
             out,
-            sites=sites.value,
+            sites=options.where(sites),
             pools=parse_pools(pools),
             engine=engine,
             memory=parse_bytes(memory) if memory is not None else None,

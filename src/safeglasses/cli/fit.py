@@ -85,7 +85,7 @@ def fit(
             judge=judge,
             refusals=refusals,
             recipe=recipe,
-            sites=sites.value if sites is not None else None,
+            sites=options.where(sites) if sites else None,
             by_head=by_head,
             out=out,
             budget=budget,

@@ -27,7 +27,7 @@ def inspect(
         Path | None,
         typer.Option(help="Check these examples too, and estimate what finding on them costs.", show_default=False),
     ] = None,
-    sites: options.Sites = options.Where.LINEARS,
+    sites: options.Sites = None,
     pools: options.Pools = "prompt:last,response:max",
     memory: options.Memory = None,
     dtype: options.Dtype = "auto",
@@ -83,12 +83,12 @@ def inspect(
                     vlm,
                     examples.split("find"),
                     held_out if held_out.toxic and held_out.non_toxic else (),
-                    sites=vlm.anatomy.sites(sites.value),
+                    sites=vlm.anatomy.sites(options.where(sites)),
                     pools=wanted,
                     memory=memory_budget(None) if allowed is None else allowed,
                     disk=free_disk(Path.cwd()),
                 )
-            record["estimate"] = {"sites": sites.value, **cost.to_json()}
+            record["estimate"] = {"sites": options.where(sites), **cost.to_json()}
 
     def render(console: "Console") -> None:
         _render(console, record)
@@ -185,6 +185,8 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
         table.add_row(row["kind"], *numbers, "yes" if row["mlp"] else "", _heads(row["kind"], anatomy))
     console.print(table)
     console.print(f"addresses of their outputs: {record['addresses']}", markup=False)
+    if anatomy["outside"]:
+        _render_outside(console, anatomy["outside"])
     if anatomy["experts"]:
         _render_experts(console, anatomy)
     elif anatomy["ffn_reason"]:
@@ -200,6 +202,20 @@ def _heads(kind: str, anatomy: dict[str, Any]) -> str:
     """Say how many heads × how wide lie on what a kind of map writes, or on what it reads."""
     found = [row for row in anatomy["heads"] if row["kind"].rpartition(":")[0] == kind]
     return ", ".join(f"{r['heads']} × {r['width']}{' read' * r['kind'].endswith(':in')}" for r in found)
+
+
+def _render_outside(console: "Console", rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="linear maps beyond the decoder, on request (--sites)", title_justify="left")
+    table.add_column("sites")
+    table.add_column("kind")
+    for name in ("maps", "in", "out"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row["region"], row["kind"], *(_widths(row[name]) for name in ("maps", "in", "out")))
+    console.print(table)
+    console.print(f"addresses of their outputs: {rows[0]['first']}#INDEX …", markup=False)
 
 
 def _render_experts(console: "Console", anatomy: dict[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safeglasses.errors import SafeglassesError
+
+if TYPE_CHECKING:
+    from safeglasses.model.anatomy import What
 
 
 class Where(StrEnum):
@@ -17,6 +20,10 @@ class Where(StrEnum):
     NEURONS = "neurons"
     ATTENTION = "attention"
     HEADS = "heads"
+    VISION = "vision"
+    PROJECTOR = "projector"
+    ENCODER = "encoder"
+    CROSSING = "crossing"
 
 
 class Part(StrEnum):
@@ -35,11 +42,22 @@ class Failing(StrEnum):
     OPEN = "open"
 
 
-_WHERE = "outputs of all linear maps, of the MLPs' or attention's; FFN neurons; what attention heads write"
-Sites = Annotated[Where, typer.Option(help=f"Where to look: {_WHERE}.")]
+_WHERE = (
+    "outputs of all linear maps, of the MLPs' or attention's; FFN neurons; what attention heads write; beyond the "
+    "decoder the vision tower, the projector, an encoder, cross-attention to pictures. May be repeated"
+)
+Sites = Annotated[list[Where] | None, typer.Option(help=f"Where to look: {_WHERE}.", show_default="linears")]
 OtherSites = Annotated[
-    Where | None, typer.Option("--sites", help=f"Where to look and act: {_WHERE}.", show_default="the recipe's")
+    list[Where] | None, typer.Option("--sites", help=f"Where to look and act: {_WHERE}.", show_default="the recipe's")
 ]
+
+
+def where(sites: list[Where] | None, default: Where = Where.LINEARS) -> "What | tuple[What, ...]":
+    """Return families of sites as the library takes them: one as a word, several as a tuple."""
+    named: list[What] = [site.value for site in sites or [default]]
+    return named[0] if len(named) == 1 else tuple(named)
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Budget = Annotated[

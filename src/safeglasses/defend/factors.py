@@ -69,6 +69,27 @@ def refuse_fused(factors: Factors, what: str, do: str = FOLD) -> None:
         )
 
 
+def refuse_outside(factors: Factors, what: str, do: str = FOLD) -> None:
+    """Refuse factors beyond the decoder where what reads the file looks at the decoder alone.
+
+    Args:
+        factors: per site.
+        what: leaves them out, e.g. ``a LoRA for servers``.
+        do: what else there is.
+
+    Raises:
+        SafeglassesError: naming the first such site, and how many there are.
+    """
+    outside = [site for site in in_order(factors) if site.outside]
+    if outside:
+        raise SafeglassesError(
+            f"{what} reaches the language decoder alone: on vision towers, projectors and encoders it would do nothing",
+            given=f"{outside[0]}, one of {len(outside):,} such sites of {len(factors):,}",
+            expected="factors of the decoder's own maps",
+            do=do,
+        )
+
+
 def check_factors(factors: Factors) -> None:
     """Refuse factors that are no finite vectors.
 

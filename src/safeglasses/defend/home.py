@@ -55,7 +55,9 @@ class Home:
         )
 
     def absolute(self, path: str) -> str:
-        """Name a decoder-relative module as PEFT wants it."""
+        """Name a site's module as PEFT wants it: by its path in the model."""
+        if path.startswith("/"):
+            return path[1:]
         return f"{self.decoder_path}.{path}" if self.decoder_path else path
 
 

@@ -14,8 +14,9 @@ _ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "name": (_TEXT, "what glasses made by this recipe are called"),
     "doc": (_TEXT, "one line for people"),
     "sites": (
-        _TEXT,
-        "outputs of linear maps: mlp, attention, linears (all); inputs: neurons (of the MLPs), heads (of attention)",
+        (str, list),
+        "outputs of linear maps: mlp, attention, linears (all); inputs: neurons (of the MLPs), heads (of attention); "
+        "beyond the decoder: vision, projector, encoder, crossing; several as a list",
     ),
     "pools": ((list,), "evidence as span:how; spans image, prompt, response, all; how max, mean, last"),
     "rule": (_TEXT, "gini: 1 - the largest Gini; constant; calibrated: 1 - sum of strength * Gini"),
@@ -59,10 +60,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 do="start from the file of a named recipe: RECIPES['sgm'].to_toml()",
             )
     for name, words in _WORDS.items():
-        if name in table and table[name] not in words:
+        given = table.get(name, [])
+        if not set(given if isinstance(given, list) else [given]) <= set(words):
             raise SafeglassesError(
                 "the recipe file has a mistake",
-                given=f"{path}: {name} = {table[name]!r}",
+                given=f"{path}: {name} = {given!r}",
                 expected=" or ".join(words),
             )
     return {n: float(v) if _ENTRIES[n][0] == _NUMBER else v for n, v in table.items()}

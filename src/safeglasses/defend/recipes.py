@@ -59,10 +59,11 @@ class Recipe:
     """What glasses made by it are called."""
     doc: str
     """One line for people."""
-    sites: What
+    sites: What | tuple[What, ...]
     """``mlp``: outputs of the MLPs' linear maps; ``linears``: outputs of all linear maps of the decoder; ``neurons``:
     inputs of the MLPs' output maps; ``attention``: outputs of attention's maps; ``heads``: what its heads write, the
-    inputs of its output maps. See `Anatomy.sites`."""
+    inputs of its output maps; ``vision``, ``projector``, ``encoder``, ``crossing``: beyond the decoder. Several may be
+    named. See `Anatomy.sites`."""
     pools: tuple[Pool, ...]
     """The evidences, each as span:how, e.g. ``prompt:last``, ``response:max``, ``all:mean``."""
     rule: Rule
@@ -126,6 +127,8 @@ class Recipe:
         """
         table = read_recipe(Path(path))
         pools = tuple(Pool.parse(text) for text in table.pop("pools"))
+        if isinstance(table["sites"], list):
+            table["sites"] = tuple(table["sites"])
         return cls(**{"name": Path(path).stem, "doc": "", "threshold": None, **table, "pools": pools})
 
     def to_toml(self) -> str:
@@ -248,11 +251,12 @@ def _selection(recipe: Recipe) -> str:
 
 def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
     threshold, fdr = recipe.threshold, recipe.fdr
+    where = {recipe.sites} if isinstance(recipe.sites, str) else set(recipe.sites)
     return [
         (not recipe.name, "no name"),
         (not recipe.pools, "no pools"),
         (len(set(recipe.pools)) != len(recipe.pools), "a pool twice"),
-        (recipe.sites not in get_args(What), f"sites {recipe.sites!r}"),
+        (not where or not where <= set(get_args(What)), f"sites {recipe.sites!r}"),
         (recipe.rule not in get_args(Rule), f"rule {recipe.rule!r}"),
         (threshold is not None and not 0 <= threshold < 1, f"threshold {threshold}, not from 0 to below 1"),
         (fdr is not None and not 0 < fdr < 1, f"fdr {fdr}, not between 0 and 1"),
@@ -264,7 +268,7 @@ def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.rule != "calibrated" and recipe.two_sided, "two_sided without calibration"),
         (recipe.rule != "calibrated" and recipe.confirmed, "confirmed without calibration"),
         (recipe.rule != "calibrated" and recipe.by_category, "by_category without calibration"),
-        (recipe.by_head and recipe.sites not in ("attention", "heads"), f"by_head with sites {recipe.sites!r}"),
+        (recipe.by_head and not where & {"attention", "heads"}, f"by_head with sites {recipe.sites!r}"),
         (recipe.by_category and recipe.granularity == "neuron", 'by_category with granularity "neuron", not "group"'),
     ]
 

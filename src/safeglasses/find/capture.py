@@ -65,7 +65,7 @@ def capture(
     store = torch.empty(len(pools), sum(widths), len(examples), dtype=watch.dtype)
     counts = torch.empty(len(LENGTHS), len(examples), dtype=torch.int64)
     order: list[int] = []
-    for done in passes(vlm, examples, watch, plan(vlm, examples, batch_size)):
+    for done in passes(vlm, examples, watch, plan(vlm, examples, watch.rows(batch_size))):
         columns = slice(len(order), len(order) + len(done.rows))
         store[:, :, columns] = done.values  # side by side, in cache lines; put in order at the end
         counts[:, columns] = done.lengths

@@ -25,9 +25,10 @@ from safeglasses.find.edges import Edges
 from safeglasses.find.moments import Moments
 from safeglasses.find.passes import LENGTHS, Watch, is_sharded, passes, plan
 from safeglasses.find.ranks import Ranks
-from safeglasses.find.routed import edges_with_gaps, gaps_of, rate
+from safeglasses.find.routed import edges_with_gaps, rate
 from safeglasses.find.shards import SHARD, Shards, cut, owners_of
 from safeglasses.find.statistic import Columns, Samples
+from safeglasses.find.streams import gaps_of
 from safeglasses.find.tally import Tally
 from safeglasses.find.world import World
 from safeglasses.model.sites import Site
@@ -95,7 +96,7 @@ class Job:
         self.progress = progress
         self.neurons = sum(vlm.anatomy.width(site) for site in watch.sites)
         self.shards = cut(samples.clusters, setup.shard, setup.seed)
-        self.gaps = gaps_of(vlm.anatomy, watch.sites)
+        self.gaps = gaps_of(vlm.anatomy, watch.sites, watch.pools)
 
     def run(self) -> Finished:
         """Capture what is not there yet, and finish.
@@ -275,7 +276,7 @@ class Job:
         examples = [self.examples[row] for row in rows]
         values = torch.empty(len(self.watch.pools), self.neurons, len(rows), dtype=self.watch.dtype)
         lengths = torch.empty(len(LENGTHS), len(rows), dtype=torch.int64)
-        batches = plan(self.vlm, examples, self.setup.batch_size)
+        batches = plan(self.vlm, examples, self.watch.rows(self.setup.batch_size))
         idle = 0
         if is_sharded(self.vlm.model):  # every pass needs all processes: those with fewer batches repeat one
             idle = max(self.world.all_say(len(batches))) - len(batches)

@@ -269,7 +269,10 @@ def measure(
 def _batches(vlm: VLM, examples: Sequence[Example], watch: Watch, shard: int, first: int) -> list[list[int]]:
     """Return the batches that each shard is captured in, with rows numbered from `first` on."""
     shards = cut(Samples.of(examples, watch.pools).clusters, shard) if examples else []
-    return [[first + rows[i] for i in batch] for rows in shards for batch in plan(vlm, [examples[i] for i in rows])]
+    size = watch.rows("auto")
+    return [
+        [first + rows[i] for i in batch] for rows in shards for batch in plan(vlm, [examples[i] for i in rows], size)
+    ]
 
 
 def _padded(batches: Sequence[list[int]], lengths: Sequence[int]) -> int:

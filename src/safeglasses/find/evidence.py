@@ -49,8 +49,9 @@ class Evidence:
     """AUROC of properties that should not tell the classes apart: 0.5 is good."""
     columns: Mapping[str, Aurocs] = field(default_factory=dict)
     """What else the same pass gave, float32: ``null``, ``effect_size``, ``rms_change``, ``mean_toxic`` …; with
-    the histogram engine ``auroc_bound``, within which the exact AUROC lies; where there are fused experts
-    ``n_toxic`` and ``n_non_toxic``, the samples of which some token in the span was sent to the neuron's expert."""
+    the histogram engine ``auroc_bound``, within which the exact AUROC lies; where samples may lack a value (at fused
+    experts to which no token of theirs was sent, on the vision side without a picture, at sites whose tokens are not in
+    the span) ``n_toxic`` and ``n_non_toxic``, the samples that have one."""
     weight_norms: Mapping[Site, Float[Tensor, " _neuron"]] = field(default_factory=dict)
     """Per input site the length of each neuron's outgoing weights, ‖W[:, i]‖₂."""
     engine: str = "exact"

@@ -138,7 +138,7 @@ def _say_what_met_few(evidence: Evidence) -> None:
         rated = torch.cat(list(evidence.rated(pool).values()))
         if not rated.all():
             log.warning(
-                "%s: the router sent fewer than %d samples of a class to %s of %s neurons: they are not selected",
+                "%s: fewer than %d samples of a class have a value at %s of %s neurons: they are not selected",
                 pool,
                 FEWEST,
                 f"{int((~rated).sum()):,}",

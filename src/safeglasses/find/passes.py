@@ -1,10 +1,10 @@
 """Forward passes over examples, each pooled at every wanted site; nothing else of a pass is kept."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -17,8 +17,10 @@ from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.pools import MEANS, Pool, Window
 from safeglasses.find.routed import Span
+from safeglasses.find.streams import Windows, check_numbers, pooled_patches, streams_of, windows_of
 from safeglasses.model.experts import Experts
-from safeglasses.model.hooks import tap, tap_routed
+from safeglasses.model.hooks import before_layers, tap, tap_routed
+from safeglasses.model.outside import Stream
 from safeglasses.model.routes import Routing
 from safeglasses.model.routing import by_module, check_reachable
 from safeglasses.model.sites import Side, Site
@@ -46,13 +48,15 @@ class Watch:
     """Over which tokens values are summarised, and how."""
     dtype: torch.dtype
     """Of the pooled values: the model's, or float32 if any pool is a mean."""
+    streams: Mapping[Site, Stream] = field(default_factory=dict)
+    """Whose tokens are at each site; not named: the decoder's."""
 
     @classmethod
     def on(cls, vlm: VLM, sites: Sequence[Site], pools: Sequence[Pool]) -> "Watch":
         """Choose the dtype for a model; sites named twice count once.
 
         Raises:
-            SafeglassesError: a site belongs to experts that cannot be read.
+            SafeglassesError: a site belongs to experts that cannot be read, or no pool has tokens there.
         """
         expert = next((s for s in sites if s.expert is not None and vlm.anatomy.expert(s) is None), None)
         if expert is not None:
@@ -64,7 +68,19 @@ class Watch:
             )
         check_reachable(vlm.anatomy, sites)
         dtype = torch.float32 if any(pool.how in MEANS for pool in pools) else vlm.dtype
-        return cls(tuple(dict.fromkeys(sites)), tuple(pools), dtype)
+        every = tuple(dict.fromkeys(sites))
+        return cls(every, tuple(pools), dtype, streams_of(vlm.anatomy, every, pools))
+
+    @property
+    def patches(self) -> tuple[Site, ...]:
+        """The sites whose tokens are patches of pictures."""
+        return tuple(site for site, stream in self.streams.items() if stream == "picture")
+
+    def rows(self, batch_size: int | str) -> int | str:
+        """Return how many examples a pass may hold: patches of several chats cannot be told apart."""
+        if self.patches and batch_size not in (1, "auto"):
+            log.info("sites on the vision side: one example per pass, not %s", batch_size)
+        return 1 if self.patches else batch_size
 
 
 @dataclass(frozen=True)
@@ -118,10 +134,11 @@ def passes(vlm: VLM, examples: Sequence[Example], watch: Watch, batches: Sequenc
     waiting = list(batches)[::-1]
     first = True
     with ThreadPoolExecutor(_DECODERS) as decoders, ThreadPoolExecutor(1) as encoder:
+        wanted: set[Stream] = {*watch.streams.values()} or {"decoder"}
 
-        def encode(rows: list[int]) -> tuple[Batch, list[Window]]:
+        def encode(rows: list[int]) -> tuple[Batch, Windows]:
             batch = vlm.encode(list(decoders.map(lambda i: examples[i].chat(), rows)))
-            return batch, [Window.of(batch, pool, [examples[i].id for i in rows]) for pool in watch.pools]
+            return batch, windows_of(batch, watch.pools, wanted, [examples[i].id for i in rows])
 
         ahead = encoder.submit(encode, waiting[-1]) if waiting else None  # one thread: tokenizers are not to be shared
         while ahead is not None:
@@ -184,9 +201,12 @@ def _not_per_token(site: Site, seen: str, samples: int, tokens: int) -> Safeglas
 
 
 def pooled_pass(
-    vlm: VLM, batch: Batch, windows: Sequence[Window], watch: Watch, *, whole: bool = True
+    vlm: VLM, batch: Batch, windows: Windows, watch: Watch, *, whole: bool = True
 ) -> Float[Tensor, "pool neuron sample"]:
-    """Run the model once and pool at every site, where the values lie; NaN where no token reached an expert.
+    """Run the model once and pool at every site, where the values lie; NaN where a sample has no value.
+
+    That is where no token reached an expert, where a pool has no tokens of a site's stream, and on the vision side of a
+    chat without pictures.
 
     Args:
         vlm: the model.
@@ -196,38 +216,60 @@ def pooled_pass(
         whole: run to the model's end, and find out whether a site is reached twice.
 
     Raises:
-        SafeglassesError: a site is not reached, or does not hold one vector per token; an expert's value is NaN.
+        SafeglassesError: a site is not reached, or does not hold one vector per token; a value is NaN where that means
+            a missing one.
     """
-    samples, tokens = batch.ids.shape
+    samples = len(batch.ids)
+    sizes: dict[Stream, int] = {"decoder": batch.ids.shape[1], "encoder": batch.asked.ids.shape[1]}
     found: dict[Site, Tensor] = {}
-    local: dict[torch.device, list[Window]] = {}
+    patches: dict[Site, list[Tensor]] = {site: [] for site in watch.patches}
+    waiting = set(watch.sites)
+    local: dict[tuple[Stream, torch.device], list[Window | None]] = {}
+
+    def seen(sites: Iterable[Site]) -> None:
+        waiting.difference_update(sites)
+        if not whole and not waiting:
+            raise _SeenAllError
 
     def pool(site: Site, value: Tensor) -> None:
+        if site in patches:  # a tower may come in several runs: it is done when the decoder begins
+            patches[site].append(value)
+            waiting.discard(site)
+            return
+        stream: Stream = watch.streams.get(site, "decoder")
+        tokens = sizes[stream]
+        key: tuple[Stream, torch.device] = (stream, value.device)
         if site in found or value.numel() != samples * tokens * value.shape[-1]:
-            seen = "reached twice" if site in found else f"of shape {tuple(value.shape)}"
-            raise _not_per_token(site, seen, samples, tokens)
-        if value.device not in local:
-            local[value.device] = [window.to(value.device) for window in windows]
+            shape = "reached twice" if site in found else f"of shape {tuple(value.shape)}"
+            raise _not_per_token(site, shape, samples, tokens)
+        if key not in local:
+            local[key] = [None if window is None else window.to(value.device) for window in windows[stream]]
         rows = value.reshape(samples, tokens, -1)
-        pooled = [window.reduce(rows).to(watch.dtype) for window in local[value.device]]
+        pooled: list[Tensor] = []
+        for window in local[key]:
+            if window is None:
+                pooled.append(torch.full((samples, rows.shape[-1]), torch.nan, dtype=watch.dtype, device=value.device))
+                continue
+            pooled.append(window.reduce(rows).to(watch.dtype))
+            if None in local[key]:
+                check_numbers(site, pooled[-1])
         found[site] = torch.stack(pooled).to(vlm.device)
-        if not whole and len(found) == len(watch.sites):
-            raise _SeenAllError
+        seen([site])
 
     fused = by_module(vlm.anatomy, watch.sites)
     spans: dict[torch.device, list[Span]] = {}
+    tokens = sizes["decoder"]
 
     def pool_experts(experts: Experts, side: Side, routing: Routing, value: Tensor) -> None:
         numbers, device = fused[experts.path, side], value.device
         if any(site in found for site in numbers.values()):
             raise _not_per_token(next(iter(numbers.values())), "reached twice", samples, tokens)
         if device not in spans:
-            spans[device] = [Span.of(window, samples, tokens, device) for window in windows]
+            spans[device] = [Span.of(w, samples, tokens, device) for w in windows["decoder"] if w is not None]
         pooled = [span.reduce(value, routing, experts, side).to(watch.dtype) for span in spans[device]]
         every = torch.stack(pooled).to(vlm.device)  # [pool, expert, sample, neuron]
         found.update({site: every[:, number] for number, site in numbers.items()})
-        if not whole and len(found) == len(watch.sites):
-            raise _SeenAllError
+        seen(numbers.values())
 
     experts: list[tuple[Experts, Side]] = [(vlm.anatomy.experts[path], side) for path, side in fused]
     linear = [site for site in watch.sites if vlm.anatomy.expert(site) is None]
@@ -236,11 +278,17 @@ def pooled_pass(
         suppress(_SeenAllError),
         tap(vlm.model, vlm.anatomy, linear, pool),
         tap_routed(vlm.model, vlm.anatomy, experts, pool_experts, tokens=samples * tokens),
+        before_layers(vlm.model, vlm.anatomy, lambda: seen(())) if patches else nullcontext(),
     ):
         vlm.forward(batch, logits_from=tokens - 1)  # the fewest logits that can be asked for
+    if any(value.is_floating_point() for value in batch.inputs.values()):  # pictures are all that is no integer
+        patches = {site: values for site, values in patches.items() if values}
+    for site, values in patches.items():
+        width = vlm.anatomy.width(site)
+        found[site] = pooled_patches(site, values, watch.pools, width, watch.dtype).to(vlm.device)
     for site in watch.sites:
         if site not in found and vlm.anatomy.expert(site) is not None:  # no token was sent to any of its module
-            nothing = torch.full((len(windows), samples, vlm.anatomy.width(site)), torch.nan, dtype=watch.dtype)
+            nothing = torch.full((len(watch.pools), samples, vlm.anatomy.width(site)), torch.nan, dtype=watch.dtype)
             found[site] = nothing.to(vlm.device)
     missing = [str(site) for site in watch.sites if site not in found]
     if missing:

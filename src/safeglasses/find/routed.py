@@ -20,7 +20,6 @@ from safeglasses.find.histogram import Histogram
 from safeglasses.find.moments import Moments
 from safeglasses.find.pools import Window
 from safeglasses.find.statistic import LEFT_OUT, Columns, Samples, Statistic
-from safeglasses.model.anatomy import Anatomy
 from safeglasses.model.experts import Experts
 from safeglasses.model.routes import Routing
 from safeglasses.model.sites import Side, Site
@@ -75,13 +74,6 @@ class Span:
         total = rows.new_zeros(size, rows.shape[1]).index_add_(0, place, rows)
         mean = total / torch.bincount(place, minlength=size)[:, None]  # 0 / 0 is NaN
         return mean.sqrt() if how == "rms" else mean
-
-
-def gaps_of(anatomy: Anatomy, sites: Sequence[Site]) -> Bool[Tensor, " neuron"] | None:
-    """Return at which neurons of these sites samples may lack a value; None: at none."""
-    parts = [torch.full((anatomy.width(site),), anatomy.expert(site) is not None) for site in sites]
-    gaps = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
-    return gaps if gaps.any() else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Find the language decoder, its linear maps and feed-forward neurons by structure, never by family name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -14,9 +14,10 @@ from safeglasses.model.crossing import CROSS, is_key, merges
 from safeglasses.model.decoders import find_decoder, find_encoder, find_layers, other_layers
 from safeglasses.model.experts import Experts, find_experts
 from safeglasses.model.heads import Attention, find_attention
+from safeglasses.model.outside import Outside, Stream, find_outside
 from safeglasses.model.sites import Site
 
-What = Literal["mlp", "linears", "neurons", "attention", "heads"]
+What = Literal["mlp", "linears", "neurons", "attention", "heads", "vision", "projector", "encoder", "crossing"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Anatomy:
     """The maps of attention, and which of their neurons belong to which head."""
     beside: Mapping[str, int] = field(default_factory=dict)
     """Further lists of layers with attention in the decoder's module, with their lengths (Idefics's gated
-    cross-attention, an encoder): nothing in them has an address."""
+    cross-attention, an encoder): what is in them has an address in `outside`, if any."""
     encoder_path: str | None = None
     """Path of the encoder inside the model, of an encoder–decoder; None: there is none."""
     merged_keys: tuple[str, ...] = ()
     """Key and value maps of attention that reads the decoder's and the encoder's tokens at once (T5Gemma 2)."""
+
+    outside: Outside = field(default_factory=Outside)
+    """Linear maps beyond the decoder's layers; their paths begin with a slash and are the model's."""
 
     @cached_property
     def ffn(self) -> tuple[str, ...]:
@@ -78,7 +82,7 @@ class Anatomy:
                 kinds.setdefault(int(inner.partition(".")[0]), set()).add(bool(CROSS.search(inner)))
         return tuple(sorted(layer for layer, found in kinds.items() if found == {True}))
 
-    @property
+    @cached_property
     def cross_attention_keys(self) -> tuple[str, ...]:
         """Key and value maps of cross-attention: they read pictures or an encoder, not the decoder's tokens alone."""
         merged = set(self.merged_keys)
@@ -102,18 +106,48 @@ class Anatomy:
             return None
         return found, int(number)
 
-    def sites(self, what: What) -> tuple[Site, ...]:
-        """Return a family of sites.
+    def stream(self, site: Site) -> Stream:
+        """Return whose tokens a site's values belong to.
+
+        Raises:
+            PartialMatch: the model has no such linear map or expert.
+            SafeglassesError: it reads several kinds of tokens at once.
+        """
+        self.width(site)
+        if site.path in self.merged_keys:
+            raise SafeglassesError(
+                "keys and values of the decoder and of the encoder go through one map",
+                given=str(site),
+                expected="a map that reads one kind of tokens",
+                do="leave the site out; glasses on it can be worn and folded",
+            )
+        if site.outside:
+            return self.outside.stream(site.path)
+        if site.path not in self.cross_attention_keys:
+            return "decoder"
+        return "picture" if self.encoder_path is None else "encoder"
+
+    def sites(self, what: What | Sequence[What]) -> tuple[Site, ...]:
+        """Return a family of sites, or several one after the other.
 
         ``mlp``: outputs of all maps of the feed-forward blocks; ``linears``: outputs of all linear maps of the
         decoder but `cross_attention_keys`, without fused experts; ``neurons``: inputs of the feed-forward output
         maps; ``attention``: outputs of attention's maps (queries, keys, values, output; of cross-attention without
         keys and values); ``heads``: inputs of attention's output maps, head by head. Fused experts follow the linear
-        maps.
+        maps. Beyond the decoder, outputs of all linear maps: ``vision``: of the tower's layers; ``projector``: between
+        tower and decoder; ``encoder``: of an encoder–decoder's encoder; ``crossing``: of cross-attention layers beside
+        the decoder's, and keys and values of the decoder's own that read pictures or the encoder. See `find_outside`.
 
         Raises:
             SafeglassesError: the model has no such sites.
         """
+        if not isinstance(what, str):
+            return tuple(dict.fromkeys(site for one in what for site in self.sites(one)))
+        if what == "crossing":
+            keys = tuple(Site(path, "out") for path in self.cross_attention_keys if path not in self.merged_keys)
+            return (*keys, *self.outside.sites(what)) if self.outside.paths(what) or not keys else keys
+        if what == "vision" or what == "projector" or what == "encoder":
+            return self.outside.sites(what)
         if what == "attention":
             return self.attention.sites(without=self.cross_attention_keys)
         if what == "heads":
@@ -158,6 +192,8 @@ class Anatomy:
                 expected=f"{site.path}:in or {site.path}:out; halves of a fused map are parts of its :out",
                 do="list the model's sites with `safeglasses inspect MODEL`",
             )
+        if site.outside:
+            return self.outside.widths[site.path][site.side == "out"]
         return self.linears[site.path] if site.side == "out" else self.in_features[site.path]
 
     def halves(self, path: str) -> tuple[str, str] | None:
@@ -195,16 +231,18 @@ class Anatomy:
         return self.absolute_path(site.path)
 
     def absolute_path(self, path: str) -> str:
-        """Return a decoder-relative path as a path inside the whole model."""
+        """Return a site's path as a path inside the whole model."""
+        if path.startswith("/"):
+            return path[1:]
         return f"{self.decoder_path}.{path}" if self.decoder_path else path
 
     def require(self, *paths: str) -> None:
-        """Check that the decoder has these linear maps.
+        """Check that the model has these linear maps, in the decoder's layers or beyond.
 
         Raises:
             PartialMatch: at least one is missing, or one of fused experts.
         """
-        missing = [path for path in paths if path not in self.linears]
+        missing = [path for path in paths if path not in self.linears and path not in self.outside.widths]
         fused = [path for path in missing if self.expert(Site(path, "in")) is not None]
         if fused:
             raise PartialMatch(
@@ -231,6 +269,13 @@ class Anatomy:
         self.require(*(site.path for site in wanted))
         for site in wanted:
             self.width(site)
+            if self.stream(site) != "decoder":
+                raise PartialMatch(
+                    "this works on what the decoder's own tokens pass",
+                    given=f"{site}: its tokens are not the decoder's",
+                    expected="linear maps of the decoder",
+                    do="leave the site out",
+                )
 
     @cached_property
     def _members(self) -> Mapping[str, Block]:
@@ -263,7 +308,7 @@ def anatomy(model: nn.Module) -> Anatomy:
                 widths[path] = (child.in_features, child.out_features)
             elif isinstance(child, Conv1D):
                 widths[path] = (child.nx, child.nf)
-    experts = find_experts(decoder, layers_path)
+    experts, encoder_path = find_experts(decoder, layers_path), find_encoder(model)
     found = find_blocks(decoder, layers_path, widths, hidden_size, experts)
     return Anatomy(
         decoder_path=decoder_path,
@@ -277,8 +322,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         experts=experts,
         attention=find_attention(decoder, layers_path, widths),
         beside=other_layers(decoder, layers_path),
-        encoder_path=find_encoder(model),
+        encoder_path=encoder_path,
         merged_keys=tuple(path for path in widths if is_key(path) and merges(decoder, path)),
+        outside=find_outside(model, decoder_path, layers_path, hidden_size, encoder_path),
     )
 
 

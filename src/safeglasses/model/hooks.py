@@ -164,6 +164,17 @@ def replaced(model: nn.Module, anatomy: Anatomy, visits: Mapping[Site, Callable[
         yield
 
 
+@contextmanager
+def before_layers(model: nn.Module, anatomy: Anatomy, call: Callable[[], None]) -> Iterator[None]:
+    """Call when the decoder's layers begin: vision towers, projectors and encoders have run then."""
+    layers = model.get_submodule(anatomy.absolute_path(anatomy.layers_path))
+    handle = next(layers.children()).register_forward_pre_hook(lambda *_: call())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _checked(
     anatomy: Anatomy, sites: Iterable[Site]
 ) -> tuple[list[Site], Mapping[tuple[str, Side], Mapping[int, Site]]]:

@@ -25,7 +25,9 @@ def overview(anatomy: Anatomy) -> dict[str, Any]:
         "heads": _heads(anatomy),
         "cross_attention_layers": list(anatomy.cross_attention_layers),
         "cross_attention_maps": len(anatomy.cross_attention_keys),
-        "beside": dict(anatomy.beside),
+        "merged_maps": len(anatomy.merged_keys),
+        "outside": _outside(anatomy),
+        "beside": {path: n for path, n in anatomy.beside.items() if not _addressed(anatomy, path)},
         "layers_without_neurons": list(anatomy.layers_without_neurons),
         "neurons": {
             "linears": sum(anatomy.linears.values()),
@@ -54,6 +56,29 @@ def _linears(anatomy: Anatomy) -> list[dict[str, Any]]:
         }
         for kind, paths in kinds.items()
     ]
+
+
+def _outside(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Return a row per region and kind of map beyond the decoder's layers, with the addresses of its outputs."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for path, region in anatomy.outside.regions.items():
+        kinds.setdefault((region, _kind(path)), []).append(path)
+    return [
+        {
+            "region": region,
+            "kind": kind,
+            "maps": len(paths),
+            "in": _widths(anatomy.outside.widths[path][0] for path in paths),
+            "out": _widths(anatomy.outside.widths[path][1] for path in paths),
+            "first": f"{paths[0]}:out",
+        }
+        for (region, kind), paths in kinds.items()
+    ]
+
+
+def _addressed(anatomy: Anatomy, path: str) -> bool:
+    inside = f"/{anatomy.absolute_path(path)}."
+    return any(own.startswith(inside) for own in anatomy.outside.regions)
 
 
 def _blocks(anatomy: Anatomy) -> list[dict[str, Any]]:

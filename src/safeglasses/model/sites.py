@@ -8,7 +8,7 @@ from safeglasses.errors import SafeglassesError
 
 Side = Literal["in", "out", "gate", "up"]
 SIDES: tuple[Side, ...] = get_args(Side)
-_TEXT = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.\w+)*):(?P<side>in|out|gate|up)")
+_TEXT = re.compile(r"(?P<path>/?[A-Za-z_]\w*(?:\.\w+)*):(?P<side>in|out|gate|up)")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 _EXPERT = re.compile(r"(?:^|\.)(?P<list>\w*experts?\w*)\.(?P<number>\d+)(?=\.|$)", re.IGNORECASE)
 
@@ -25,11 +25,15 @@ class Site:
     writes before the routing weight, ``gate`` and ``up`` what the two halves of its first map write before the
     activation. They are what ``down_proj:in``, ``down_proj:out``, ``gate_proj:out`` and ``up_proj:out`` would be.
 
+    Maps beyond the decoder's layers (vision tower, projector, encoder) are addressed by their path in the whole model,
+    behind a slash: ``/model.multi_modal_projector.linear_1:out``.
+
     Sites sort as text; `Anatomy.sites` gives the model's own order.
     """
 
     path: str
-    """Module path below the decoder, e.g. ``layers.12.mlp.down_proj`` or ``layers.12.mlp.experts.17``."""
+    """Module path below the decoder, e.g. ``layers.12.mlp.down_proj`` or ``layers.12.mlp.experts.17``; behind a slash
+    below the model."""
     side: Side
     """``in``: the vector the map reads; ``out``: the vector it writes (bias included); ``gate``, ``up``: see above."""
 
@@ -49,13 +53,18 @@ class Site:
                 "not a site address",
                 given=repr(text),
                 expected="PATH:in or PATH:out, e.g. layers.0.mlp.up_proj:out; of fused experts also "
-                "layers.0.mlp.experts.17:gate and :up",
+                "layers.0.mlp.experts.17:gate and :up; beyond the decoder /model.vision_tower.layers.0.mlp.fc1:out",
             )
         return cls(match["path"], next(side for side in SIDES if side == match["side"]))
 
     @property
+    def outside(self) -> bool:
+        """Whether the map lies beyond the decoder's layers."""
+        return self.path.startswith("/")
+
+    @property
     def layer(self) -> int:
-        """Index of the decoder layer (-1 outside any layer)."""
+        """Index of the layer, the decoder's or that of another list (-1 outside any layer)."""
         match = _LAYER.search(self.path)
         return int(match[1]) if match else -1
 
@@ -74,8 +83,13 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The address without its layer and expert: ``mlp.down_proj:in``; one row of the report's heat map."""
-        return f"{_EXPERT.sub(_without_number, self._inside_layer(), count=1)}:{self.side}"
+        """The address without its layer and expert: ``mlp.down_proj:in``; one row of the report's heat map.
+
+        Beyond the decoder what stands before the layer is kept: ``/model.vision_tower.layers.mlp.fc1:out``.
+        """
+        match = _LAYER.search(self.path)
+        before = self.path[: match.start() + 1] if self.outside and match else ""
+        return f"{before}{_EXPERT.sub(_without_number, self._inside_layer(), count=1)}:{self.side}"
 
     @property
     def halves(self) -> tuple[Side, Side] | None:

@@ -1,12 +1,14 @@
 """``docs/architectures.md``: the anatomy of every registered type, as Markdown that a test compares line by line."""
 
 from collections.abc import Iterable
+from posixpath import commonpath
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from safeglasses.model.architectures import Entry, picture_tokens
 from safeglasses.model.decoders import by_table
+from safeglasses.model.outside import REGIONS
 from safeglasses.model.overview import overview
 from safeglasses.ship.support import ACTIONS, support
 
@@ -31,6 +33,13 @@ The decoder's path, layers and width; what its feed-forward blocks are made of, 
 each); query heads × width of what each writes, and heads of keys and values where those are fewer; linear maps in all.
 `N` in a path stands for a number.
 """
+_BEYOND = """
+## Beyond the decoder
+
+What `--sites vision`, `projector`, `encoder` and `crossing` look at, off by default: linear maps, by their paths in the
+whole model (addresses begin with a slash; without layer numbers here). A projector that is a bare parameter, and towers
+without linear maps, have no sites. Keys and values of cross-attention in the decoder's own layers count as `crossing`.
+"""
 _ALLOWED = """
 ## What may be done
 
@@ -48,6 +57,7 @@ def page(entries: Iterable[Entry], version: str) -> str:
     """
     rows: list[str] = []
     allowed: list[str] = []
+    beyond: list[str] = []
     notes: list[str] = []
     sentences: dict[str, int] = {}
     counts = {"types": 0, "located": 0, "structural": 0, "experts": 0, "modular": 0}
@@ -62,11 +72,13 @@ def page(entries: Iterable[Entry], version: str) -> str:
         counts["located"] += 1
         counts["structural"] += not by_table(entry.model_type)
         counts["experts"] += bool(entry.anatomy.experts)
-        rows.append(_row(entry, entry.model, overview(entry.anatomy)))
+        found = overview(entry.anatomy)
+        rows.append(_row(entry, entry.model, found))
+        beyond.append(f"| `{entry.model_type}` | {' | '.join(_region(found, region) for region in REGIONS)} |")
         cells = []
-        for found in support(entry.model, entry.anatomy):
-            number = f" {sentences.setdefault(found.why, len(sentences) + 1)}" if found.why else ""
-            cells.append({"linear maps": "maps"}.get(found.level, found.level) + number)
+        for action in support(entry.model, entry.anatomy):
+            number = f" {sentences.setdefault(action.why, len(sentences) + 1)}" if action.why else ""
+            cells.append({"linear maps": "maps"}.get(action.level, action.level) + number)
         allowed.append(f"| `{entry.model_type}` | {' | '.join(cells)} |")
     lines = [
         _INTRO.format(version=version, **counts),
@@ -74,6 +86,10 @@ def page(entries: Iterable[Entry], version: str) -> str:
         "cross-attention | picture tokens | parameters |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
+        _BEYOND,
+        f"| type | {' | '.join(REGIONS)} |",
+        "|---" * (len(REGIONS) + 1) + "|",
+        *beyond,
         _ALLOWED,
         f"| type | {' | '.join(ACTIONS)} |",
         "|---" * (len(ACTIONS) + 1) + "|",
@@ -134,6 +150,21 @@ def _heads(found: dict[str, Any]) -> str:
         fewer = sorted(n for n in kept.get(place, ()) if n < row["heads"])
         said[f"`{place}` {row['heads']} × {row['width']}" + (f" ({_numbers(fewer)})" if fewer else "")] = None
     return "; ".join(said)
+
+
+def _region(found: dict[str, Any], region: str) -> str:
+    """Say where a region's maps are: by name where they are few, else by what their paths share."""
+    rows = [row for row in found["outside"] if row["region"] == region]
+    kinds, maps = [row["kind"].removeprefix("/").split(".") for row in rows], sum(row["maps"] for row in rows)
+    keys = found["cross_attention_maps"] - found["merged_maps"] if region == "crossing" else 0
+    said = [f"{keys} keys and values"] if keys else []
+    for first in dict.fromkeys(kind[0] for kind in kinds):
+        some = [kind for kind in kinds if kind[0] == first]
+        shared = commonpath(["/".join(kind) for kind in some]).split("/")
+        leaves = [".".join(kind[len(shared) :]) for kind in some]
+        named = f": {', '.join(f'`{leaf}`' for leaf in leaves)}" if 1 < len(leaves) <= 4 else ""
+        said.append(f"`/{'.'.join(shared)}`{named}")
+    return "; ".join(said) + (f" ({maps:,} maps)" if maps > 1 else "")
 
 
 def _crossing(found: dict[str, Any]) -> str:

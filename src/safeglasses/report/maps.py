@@ -23,13 +23,18 @@ def _cells(heat: HeatMap, shares: tuple[tuple[float | None, ...], ...], what: st
 
     return [
         [
-            f"layer {layer}<br>{html.escape(kind)}<br>{heat.experts[i][j]:,.0f} experts"
+            f"layer {_number(layer)}<br>{html.escape(kind)}<br>{heat.experts[i][j]:,.0f} experts"
             f"{turned(i, j)} of {heat.total[i][j]:,.0f}<br>"
             f"{what}: {100 * (shares[i][j] or 0):.1f} %"
             for j, layer in enumerate(heat.layers)
         ]
         for i, kind in enumerate(heat.kinds)
     ]
+
+
+def _number(layer: int) -> str:
+    """Write the number of a layer; a projector is in none."""
+    return "–" if layer < 0 else str(layer)
 
 
 def _heat(heat: HeatMap, grid: Grid, what: str, colour: str) -> Figure:
@@ -69,7 +74,7 @@ def _heat(heat: HeatMap, grid: Grid, what: str, colour: str) -> Figure:
     xaxis = axis(
         "decoder layer",
         tickvals=list(range(0, len(heat.layers), every)),
-        ticktext=[str(layer) for layer in heat.layers[::every]],
+        ticktext=[_number(layer) for layer in heat.layers[::every]],
         **plain,
     )
     yaxis = axis(

@@ -50,7 +50,10 @@ def layout(height: int, xaxis: Figure, yaxis: Figure, **more: Any) -> Figure:
 
 
 def short_kind(kind: str) -> str:
-    """Shorten ``mlp.up_proj:out`` to ``up_proj``; input sides keep their mark."""
+    """Shorten ``mlp.up_proj:out`` to ``up_proj``; input sides keep their mark, sites beyond the decoder their place."""
     path, _, side = kind.rpartition(":")
     leaf = path.rsplit(".", 1)[-1]
+    if path.startswith("/"):  # /model.vision_tower.layers.mlp.fc1: /vision_tower…fc1
+        parts = path[1:].split(".")
+        leaf = f"/{parts[parts[0] == 'model' and len(parts) > 2]}…{leaf}"
     return leaf if side == "out" else f"{leaf}:{side}"

@@ -50,7 +50,7 @@ def capture_evidence(
     pairs: str | Path,
     out: str | Path | None = None,
     *,
-    sites: What = DEFAULT.sites,
+    sites: What | Sequence[What] = DEFAULT.sites,
     pools: Sequence[Pool] = DEFAULT.pools,
     engine: Engine | Literal["auto"] = "auto",
     memory: int | None = None,
@@ -75,7 +75,7 @@ def capture_evidence(
         pairs: toxic and non-toxic image-text pairs; the find split makes the evidence, the calibrate split
             (if it has both classes) checks it.
         out: run folder; a folder with the same inputs is resumed.
-        sites: ``linears``, ``mlp`` or ``neurons``.
+        sites: ``linears``, ``mlp`` …, or several; see `Anatomy.sites`.
         pools: over which tokens activations are summarised, and how.
         engine: ``exact``, ``histogram``, or ``auto``.
         memory: bytes that each process may fill with values or counts, beside the model.
@@ -105,7 +105,7 @@ def capture_evidence(
         inputs: dict[str, Any] = {
             "model": str(model),
             "revision": revision,
-            "sites": sites,
+            "sites": sites if isinstance(sites, str) else list(sites),
             "pools": [str(pool) for pool in pools],
             "engine": engine,
             "resamples": resamples,
@@ -165,7 +165,7 @@ def _measured(
     world: World,
     show: Progress,
     *,
-    sites: What,
+    sites: What | Sequence[What],
     pools: Sequence[Pool],
     engine: Engine | Literal["auto"],
     memory: int | None,

@@ -12,6 +12,8 @@ from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import RECIPES, Recipe
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import atomic_write_text, write_json
+from safeglasses.find.pools import Pool
+from safeglasses.find.streams import reaches, streams_of
 from safeglasses.measure.contrasts import calibration_data
 from safeglasses.measure.judges import judge_from, refusal_judge
 from safeglasses.measure.panel import panel_from
@@ -28,6 +30,9 @@ from safeglasses.run.inputs import content_of, judge_of, judges_of, read_inputs
 from safeglasses.run.job import Job
 from safeglasses.run.proof import report_data
 from safeglasses.run.written import OPEN, write_measurements
+
+_PATCHES: set[What] = {"vision", "projector"}
+"""Sites whose tokens are patches of pictures."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def fit(
     out: str | Path | None = None,
     budget: str | None = None,
     *,
-    sites: What | None = None,
+    sites: What | Sequence[What] | None = None,
     by_head: bool = False,
     harm: str | float | None = None,
     front: bool | Sequence[float] = False,
@@ -131,7 +136,9 @@ def fit(
     judges = panel_from(judge), refusal_judge() if refusals is None else judge_from(refusals)
     with show.stage("load"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
-    check_reachable(vlm.anatomy, vlm.anatomy.sites(chosen.sites))
+    where = vlm.anatomy.sites(chosen.sites)
+    check_reachable(vlm.anatomy, where)
+    streams_of(vlm.anatomy, where, chosen.pools)  # says now which sites no way of pooling reaches
     with show.stage("read and check the data"):
         data = read_inputs(vlm, pairs, prompts, *judges, limit=limit, skip_bad=skip_bad, categories=wanted.categories)
         if chosen.rule == "calibrated":
@@ -192,12 +199,21 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
     )
 
 
-def _elsewhere(recipe: Recipe, sites: What | None, *, by_head: bool) -> Recipe:
-    """Return the recipe on other sites, under a name that says so."""
+def _elsewhere(recipe: Recipe, sites: What | Sequence[What] | None, *, by_head: bool) -> Recipe:
+    """Return the recipe on other sites, under a name that says so.
+
+    Patches of pictures are no last token and no response: for the vision side ``prompt:max`` joins the recipe's ways of
+    pooling, and takes the place of those that find nothing at any of its sites.
+    """
     if sites is None and not by_head:
         return recipe
-    changed = replace(recipe, sites=sites or recipe.sites, by_head=by_head or recipe.by_head)
-    parts = [recipe.name, *([sites] if sites else []), *(["by-head"] if by_head else [])]
+    where = recipe.sites if sites is None else sites
+    named: tuple[What, ...] = (where,) if isinstance(where, str) else tuple(where)
+    changed = replace(recipe, sites=named[0] if len(named) == 1 else named, by_head=by_head or recipe.by_head)
+    if set(named) & _PATCHES and not any(reaches(pool, "picture", False) for pool in recipe.pools):
+        kept = recipe.pools if set(named) - _PATCHES else ()
+        changed = replace(changed, pools=(*kept, Pool("prompt", "max")))
+    parts = [recipe.name, *(["+".join(named)] if sites is not None else []), *(["by-head"] if by_head else [])]
     return replace(changed, name="-".join(parts))
 
 

@@ -20,7 +20,7 @@ import torch
 
 from safeglasses import __version__
 from safeglasses.defend.card import exported_card, glasses_card
-from safeglasses.defend.factors import changed, refuse_fused
+from safeglasses.defend.factors import changed, refuse_fused, refuse_outside
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.home import Home
 from safeglasses.defend.record import RECORD
@@ -153,6 +153,7 @@ def export_sglang(
         SafeglassesError: no neuron is changed, maps that SGLang merges differ on their input, or the folder exists.
     """
     refuse_fused(changed(glasses.factors), "hooks of SGLang")
+    refuse_outside(changed(glasses.factors), "SGLang's --forward-hooks")
     with _drafted("sglang", vlm, glasses, out, overwrite=overwrite) as draft:
         written = write_hooks(draft.folder, vlm, draft.glasses.effective(), draft.home)
         draft.record["sglang"] = {

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safeglasses.defend.adapters import CONFIG, TENSORS, check_names
-from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused
+from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused, refuse_outside
 from safeglasses.defend.home import Home
 from safeglasses.defend.weights import PLAIN
 from safeglasses.errors import SafeglassesError
@@ -77,6 +77,7 @@ def ranks_of(factors: Factors, anatomy: Anatomy) -> dict[str, int]:
         SafeglassesError: some are fused experts.
     """
     refuse_fused(changed(factors), "this LoRA")
+    refuse_outside(changed(factors), "a LoRA in vLLM, SGLang or llama.cpp")
     counts: dict[str, list[int]] = {}
     for site in in_order(changed(factors)):
         counts.setdefault(site.path, [0, 0])[site.side == "in"] += int((factors[site] != 1).sum())

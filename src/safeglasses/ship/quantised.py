@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused
+from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused, refuse_outside
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.home import check_fit, check_norms, check_unfolded, quantisation
 from safeglasses.errors import SafeglassesError
@@ -106,6 +106,9 @@ def quantised_changes(checkpoint: Checkpoint, factors: Factors) -> list[Change]:
         changed(factors),
         "a quantised checkpoint's scales",
         "fold into the unquantised checkpoint, then quantise the result",
+    )
+    refuse_outside(
+        changed(factors), "a patched quantised checkpoint", "fold into the unquantised checkpoint, then quantise"
     )
     check_fit(checkpoint.anatomy, factors)
     acting, changes, stuck = changed(factors), [], []

@@ -58,9 +58,8 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
         limits = {"capture": "experts see only the tokens a router sends there"} if experts is not None else {}
     if tied:
         limits["fold"] = tied
-    keys = anatomy.cross_attention_keys
-    if keys and "capture" not in limits:
-        limits["capture"] = "keys and values of cross-attention read other tokens than the decoder's own"
+    if anatomy.merged_keys and "capture" not in limits:
+        limits["capture"] = "keys and values of the decoder and of the encoder go through one map"
     found = [
         Support(action, "linear maps" if action in limits else "yes", limits.get(action, "")) for action in ACTIONS[:5]
     ]
