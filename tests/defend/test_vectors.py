@@ -1,4 +1,4 @@
-"""Glasses that PEFT cannot carry: our own file of factors, and everything that must refuse it or be refused by it."""
+"""Glasses that IA3 cannot carry: our own file of factors, and everything that must refuse it or be refused by it."""
 
 import json
 import shutil
@@ -122,7 +122,7 @@ def test_an_adapter_beside_them_is_refused(folder: Path) -> None:
     with pytest.raises(PartialMatch) as caught:
         Glasses.load(folder)
     assert str(caught.value) == (
-        "an adapter lies beside glasses that no adapter can carry: PEFT would wear a part of them\n"
+        "an adapter lies beside glasses that IA3 cannot carry: PEFT would wear a part of them\n"
         f"  given:    {folder / 'adapter_config.json'}\n"
         "  expected: glasses.safetensors, neurons.parquet\n"
         "  do:       remove adapter_config.json, or make the glasses again"
@@ -218,7 +218,7 @@ def test_verified_as_a_model_they_say_what_they_are(saved: Path) -> None:
     with pytest.raises(SafeglassesError) as caught:
         load_any(saved)
     assert str(caught.value) == (
-        "these glasses are no adapter: they scale fused experts, which PEFT has no place for\n"
+        "these glasses are no adapter: they scale fused experts, which IA3 has no place for\n"
         f"  given:    {saved}\n"
         "  expected: a model, or an adapter that PEFT loads\n"
         "  do:       fold them (safeglasses fold) and verify the folded checkpoint"

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import families
-from safeglasses.model.hooks import tap
+from families.unrolled import chat
+from safeglasses.model.hooks import scaled, tap
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM, Chat, load
 from safeglasses.report.directions import direction, value_columns, words
@@ -141,3 +142,29 @@ def test_other_families_give_a_direction_or_a_reason(family: str, tmp_path: Path
                 found.vector.shape == (vlm.anatomy.hidden_size,) and found.vector.isfinite().all()
             )
     assert sum(direction(vlm, where, 0).vector is not None for where in kinds.values()) >= 3
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "gpt_oss"])
+def test_experts_write_what_their_neuron_adds(family: str, tmp_path: Path) -> None:
+    """Against a difference: a neuron turned off takes its direction out of what the expert writes."""
+    vlm = load(families.build(family, tmp_path / family))
+    (experts, *_) = vlm.anatomy.experts.values()
+    neuron, out = Site(experts.expert(1), "in"), Site(experts.expert(1), "out")
+    off = torch.ones(experts.width)
+    off[5] = 0
+    batch, seen, active = vlm.encode([chat(vlm, 2, "a red dog")]), [], []
+    with (
+        torch.no_grad(),
+        tap(vlm.model, vlm.anatomy, [out], lambda _, value: seen.append(value)),
+        tap(vlm.model, vlm.anatomy, [neuron], lambda _, value: active.append(value[:, 5])),
+    ):
+        vlm.forward(batch)
+        with scaled(vlm.model, vlm.anatomy, {neuron: off}):
+            vlm.forward(batch)
+    found = direction(vlm, neuron, 5)
+    assert found.said == "its column of expert 1's down_proj"
+    assert found.vector is not None
+    torch.testing.assert_close(seen[0] - seen[1], active[0][:, None] * found.vector, atol=1e-4, rtol=1e-3)
+    axis = direction(vlm, out, 3).vector
+    assert axis is not None
+    assert axis.nonzero().tolist() == [[3]]

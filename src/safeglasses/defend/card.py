@@ -59,7 +59,7 @@ def _alone(base: Mapping[str, Any], *, ours: bool) -> str:
     """Say how the folder is loaded without safeglasses, or that it is not."""
     if ours:
         return """**Only safeglasses loads this folder.** Some of these neurons belong to fused experts, which are
-slices of parameters and no modules: no adapter of PEFT has a place for their factors, so none lies here, and neither
+slices of parameters and no modules: IA3 has no place for their factors, so none lies here, and neither
 transformers nor vLLM, SGLang or llama.cpp can wear them. For those, fold them into an ordinary checkpoint:
 
 ```bash

@@ -3,7 +3,7 @@
 | file | what it is |
 |---|---|
 | ``adapter_config.json``, ``adapter_model.safetensors`` | an IA3 adapter: PEFT, transformers |
-| or ``glasses.safetensors`` | our own file, where fused experts are scaled, which PEFT has no place for (`vectors`) |
+| or ``glasses.safetensors`` | our own file, where fused experts are scaled, which IA3 has no place for (`vectors`) |
 | ``neurons.parquet`` | every changed neuron with its factor and evidence: the source of truth |
 | ``glasses.json`` | recipe, strength, base model and its fingerprint, counts, notes, hashes of the others |
 | ``results.json`` | what a run measured, once it has (`add_results`) |
@@ -60,7 +60,7 @@ class Contents:
 
 
 def form_of(factors: Factors) -> Form:
-    """Say what a folder with these factors holds: PEFT has no place for fused experts."""
+    """Say what a folder with these factors holds: IA3 has no place for fused experts."""
     return "factors" if any(site.fused for site in factors) else "ia3"
 
 

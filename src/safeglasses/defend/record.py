@@ -28,7 +28,7 @@ from safeglasses.model.sites import Site
 RECORD = "glasses.json"
 SCHEMA = 3  # 1 had no hash of itself; 3 says its form, and is written for `factors` alone: older versions read the rest
 Form = Literal["ia3", "factors"]
-"""``ia3``: an adapter of PEFT; ``factors``: a file of our own, where PEFT has no place for what the glasses scale."""
+"""``ia3``: an adapter of PEFT; ``factors``: a file of our own, where IA3 has no place for what the glasses scale."""
 HASHED: Mapping[Form, tuple[str, ...]] = {"ia3": (CONFIG, TENSORS, NEURONS), "factors": (VECTORS, NEURONS)}
 """The files beside the record, by form."""
 LOADS_IN: Mapping[Form, tuple[str, ...]] = {"ia3": ("safeglasses", "peft", "transformers"), "factors": ("safeglasses",)}
@@ -221,7 +221,7 @@ def _form(path: Path, raw: Mapping[str, Any]) -> Form:
         raise _damaged(path, f"form {str(raw.get('form'))[:80]!r} in schema {raw['schema']}")
     if form == "factors" and (path.parent / CONFIG).exists():
         raise PartialMatch(
-            "an adapter lies beside glasses that no adapter can carry: PEFT would wear a part of them",
+            "an adapter lies beside glasses that IA3 cannot carry: PEFT would wear a part of them",
             given=str(path.parent / CONFIG),
             expected=f"{', '.join(HASHED[form])}",
             do=f"remove {CONFIG}, or make the glasses again",

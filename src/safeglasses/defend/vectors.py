@@ -1,4 +1,4 @@
-"""Glasses' own file of factors, for what no adapter of PEFT can carry: factors of fused experts.
+"""Glasses' own file of factors, for what IA3 cannot carry: factors of fused experts.
 
 ``glasses.safetensors`` holds one float32 vector per changed site, named by the site's address
 (``layers.3.mlp.experts.17:in``), as it acts at the strength in ``glasses.json``. Its one entry of metadata,

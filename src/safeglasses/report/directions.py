@@ -58,13 +58,14 @@ def direction(vlm: VLM, site: Site, index: int) -> Direction:
       a positive partner.
     * Values: the matching columns of the attention output, summed over the query heads that share the value
       head (as if all of them looked at the same token alike).
+    * Of fused experts: the column of the expert's down projection, or the basis vector for its output.
     * Queries and keys are compared with each other and written nowhere: none.
 
     Where the block's output passes a norm before the residual stream (Gemma, GLM), so does the direction.
     """
     anatomy = vlm.anatomy
     if anatomy.expert(site) is not None:
-        return Direction(None, "not worked out for fused experts")
+        return _of_expert(vlm, site, index)
     block = anatomy.block_of(site.path)
     if block is not None:
         return _feed_forward(vlm, site, index, block.down)
@@ -83,6 +84,24 @@ def _feed_forward(vlm: VLM, site: Site, index: int, ffn: str) -> Direction:
     if width not in (inner, 2 * inner):
         return Direction(None, f"its {width:,} outputs do not match the {inner:,} inputs of {name}")
     return _column(vlm, ffn, [index % inner], "mlp", f"its column of {name}")
+
+
+def _of_expert(vlm: VLM, site: Site, index: int) -> Direction:
+    """Return the column of an expert's down projection, or the axis that its output is, as the router weighs them."""
+    found = vlm.anatomy.expert(site)
+    if found is None or found[0].hidden != vlm.anatomy.hidden_size:
+        return Direction(None, "these experts write to a projection of the residual stream")
+    experts, number = found
+    if site.side == "out":
+        return _basis(vlm, site, index, "mlp")
+    weight = vlm.model.get_parameter(vlm.anatomy.absolute_path(f"{experts.path}.{experts.down}")).detach()
+    if weight.is_meta or not weight.is_floating_point():
+        return Direction(None, "its output weights are offloaded or quantised")
+    chosen = (weight[number][index] if experts.transposed else weight[number][:, index]).float().cpu()
+    if not chosen.any():
+        return Direction(None, "its output weights are zero")
+    said = f"its column of expert {number}'s {experts.down}"
+    return _through_block_norm(vlm, site.layer, "mlp", Direction(chosen, said))
 
 
 def _attention(vlm: VLM, site: Site, index: int) -> Direction:

@@ -28,7 +28,7 @@ def usage(
         adapter: the glasses folder, relative to the report.
         folded: the folded checkpoint, relative to the report; None says how to make one.
         multimodal: False for a text-only base.
-        peft: False for glasses that no adapter of PEFT can carry.
+        peft: False for glasses that IA3 cannot carry.
     """
     auto, reader = ("ImageTextToText", "AutoProcessor") if multimodal else ("CausalLM", "AutoTokenizer")
     worn = (

@@ -83,7 +83,7 @@ def load_any(source: str | Path, **options: Any) -> VLM:
     folder = Path(source).expanduser()
     if (folder / RECORD).is_file() and not (folder / ADAPTER).is_file():
         raise SafeglassesError(
-            "these glasses are no adapter: they scale fused experts, which PEFT has no place for",
+            "these glasses are no adapter: they scale fused experts, which IA3 has no place for",
             given=str(folder),
             expected="a model, or an adapter that PEFT loads",
             do="fold them (safeglasses fold) and verify the folded checkpoint",
