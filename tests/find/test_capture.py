@@ -24,7 +24,7 @@ SITES = (
     Site("layers.0.self_attn.q_proj", "out"),
     Site("layers.1.mlp.up_proj", "out"),
 )
-POOLS = tuple(Pool(span, how) for span in get_args(Span) for how in get_args(How))
+POOLS = tuple(Pool(s, how) for s in get_args(Span) if s != "thought" for how in get_args(How))  # none thinks
 LAST = (Pool("prompt", "last"), Pool("response", "max"))
 
 

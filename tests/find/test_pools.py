@@ -16,21 +16,26 @@ SPANS, HOWS = get_args(Span), get_args(How)
 
 
 def batch_of(lengths: list[tuple[int, int, int]], *, left: bool) -> Batch:
-    """Rows of (picture tokens, other prompt tokens, response tokens); the picture comes second."""
+    """Rows of (picture tokens, other prompt tokens, response tokens); the picture comes second.
+
+    Of several response tokens the first is a thought.
+    """
     width = max(map(sum, lengths))
-    masks = torch.zeros(4, len(lengths), width, dtype=torch.bool)
+    masks = torch.zeros(5, len(lengths), width, dtype=torch.bool)
     for row, (image, text, response) in enumerate(lengths):
         start = width - image - text - response if left else 0
         masks[0, row, start : start + image + text + response] = True
         masks[1, row, start : start + image + text] = True
         masks[2, row, start + image + text : start + image + text + response] = True
         masks[3, row, start + 1 : start + 1 + image] = True
+        masks[4, row, start + image + text] = response > 1
     return Batch(
         inputs={"attention_mask": masks[0].long()},
         prompt_length=masks[1].sum(1),
         prompt_mask=masks[1],
         response_mask=masks[2],
         image_mask=masks[3],
+        thought_mask=masks[4],
     )
 
 
@@ -48,7 +53,7 @@ def by_hand(values: Tensor, span: Tensor, how: str) -> Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 4), st.integers(2, 4), st.integers(1, 4)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(2, 4), st.integers(2, 4)), min_size=1, max_size=4),
     st.booleans(),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from(SPANS),
@@ -83,7 +88,8 @@ def test_other_texts_are_errors(text: str) -> None:
     assert str(caught.value) == (
         "not a way of pooling\n"
         f"  given:    {text!r}\n"
-        "  expected: SPAN:HOW with image | text | prompt | response | all : max | mean | last | mean-abs | rms"
+        "  expected: SPAN:HOW with image | text | prompt | response | thought | all : "
+        "max | mean | last | mean-abs | rms"
     )
 
 

@@ -22,7 +22,8 @@ class Pool:
     """Over which tokens an activation is summarised, and how."""
 
     span: Span
-    """``image``, ``text`` (of the prompt), ``prompt`` (both), ``response`` or ``all``; padding is in none."""
+    """``image``, ``text`` (of the prompt), ``prompt`` (both), ``response`` (the answer), ``thought`` (what a thinking
+    model writes before it) or ``all``; padding is in none."""
     how: How
     """``max``, ``mean``, ``last`` token of the span, ``mean-abs`` (of magnitudes) or ``rms`` (root mean square)."""
 

@@ -13,6 +13,7 @@ import torch
 from safeglasses.data.examples import Example, Text
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.journal import Journal, Row
+from safeglasses.model.thought import parted
 from safeglasses.model.vlm import VLM, batches
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,13 @@ class Response:
     example_id: str
     """The prompt that it answers."""
     text: str
-    """What the model wrote, without prompt and special tokens."""
+    """The answer, without prompt, thought and special tokens: what is judged."""
     n_tokens: int
-    """Its length when tokenised again."""
+    """Its length when tokenised again, the thought included."""
     sample: int
     """Which of several answers to the same prompt, from 0."""
+    thought: str = ""
+    """What a thinking model wrote before it, in its marks; the journal has both. An answer that never came is empty."""
 
 
 def respond(
@@ -106,7 +109,11 @@ def respond(
     with closing(record) if record else nullcontext():
         rows = _answer(vlm, items, plan, decoding, record, progress)
     found = {row.item: row for row in rows}
-    return [Response(example.id, found[i].text, found[i].n_tokens, sample) for i, (example, sample) in enumerate(items)]
+    parts = [parted(found[i].text) for i in range(len(items))]
+    return [
+        Response(example.id, answer, found[i].n_tokens, sample, thought)
+        for i, ((example, sample), (thought, answer)) in enumerate(zip(items, parts, strict=True))
+    ]
 
 
 def resolve_batch_size(vlm: VLM, batch_size: int | str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from safeglasses.errors import SafeglassesError
 
 Message = Mapping[str, Any]
-Span = Literal["image", "text", "prompt", "response", "all"]
+Span = Literal["image", "text", "prompt", "response", "thought", "all"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Batch:
     """Tokens of the response."""
     image_mask: Bool[Tensor, "sample token"]
     """Picture tokens (the placeholder, where pictures enter by cross-attention)."""
+    thought_mask: Bool[Tensor, "sample token"] | None = None
+    """Tokens of the response that a thinking model thinks before its answer, marks included. None: there are none."""
     encoder: "Batch | None" = None
     """The same chats as the encoder of an encoder–decoder reads them: prompts alone. None: there is no encoder."""
 
@@ -98,6 +100,8 @@ class Batch:
     def span(self, name: Span) -> Bool[Tensor, "sample token"]:
         """Return a span's tokens; ``text`` is the prompt without its picture tokens, ``all`` is all but padding.
 
+        ``response`` is the answer without the thought before it, which is ``thought``.
+
         Raises:
             SafeglassesError: pictures or text of a prompt, which the decoder of an encoder–decoder does not read.
         """
@@ -112,7 +116,10 @@ class Batch:
             return self.attention_mask.bool()
         if name == "text":
             return self.prompt_mask & ~self.image_mask
-        return {"image": self.image_mask, "prompt": self.prompt_mask, "response": self.response_mask}[name]
+        if name in ("response", "thought"):
+            thought = torch.zeros_like(self.response_mask) if self.thought_mask is None else self.thought_mask
+            return thought if name == "thought" else self.response_mask & ~thought
+        return {"image": self.image_mask, "prompt": self.prompt_mask}[name]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device."""
@@ -123,6 +130,7 @@ class Batch:
             prompt_mask=self.prompt_mask.to(device),
             response_mask=self.response_mask.to(device),
             image_mask=self.image_mask.to(device),
+            thought_mask=None if self.thought_mask is None else self.thought_mask.to(device),
             encoder=None if self.encoder is None else self.encoder.to(device),
         )
 

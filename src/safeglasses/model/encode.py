@@ -14,6 +14,7 @@ from safeglasses.errors import SafeglassesError
 from safeglasses.model.chat import Batch, Chat, without_pictures
 from safeglasses.model.pictures import picture_mask
 from safeglasses.model.processors import Processor, tokenizer_of
+from safeglasses.model.thought import opened, thought_tokens
 
 Side = Literal["right", "left"]
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -66,7 +67,7 @@ class Encoder:
         mask = kept["attention_mask"].bool()
         is_image = self._is_image(prompts, chats)
         if self.start_ids:
-            return self._of_both(kept, mask, is_image, responses)
+            return self._of_both(kept, mask, is_image, responses, self._thoughts(chats, responses))
         pad: Any = self.tokenizer.pad_token_id or 0
         fills = {"attention_mask": 1, "token_type_ids": self.answer_type}
         inputs = {
@@ -81,12 +82,15 @@ class Encoder:
         order = attention.cumsum(dim=1)  # 1 for the first token of a row
         prompt_length = mask.sum(dim=1)
         prompt_mask = attention.bool() & (order <= prompt_length[:, None])
+        thoughts = self._thoughts(chats, responses)
+        before_answer = order <= (prompt_length + torch.tensor(thoughts))[:, None]
         return Batch(
             inputs=inputs,
             prompt_length=prompt_length,
             prompt_mask=prompt_mask,
             response_mask=attention.bool() & ~prompt_mask,
             image_mask=_joined("image_mask", is_image, mask, responses, padding_side, pad, 0),
+            thought_mask=attention.bool() & ~prompt_mask & before_answer if any(thoughts) else None,
         )
 
     def to_generate(self, batch: Batch) -> dict[str, Tensor]:
@@ -94,7 +98,12 @@ class Encoder:
         return {n: value for n, value in batch.inputs.items() if n not in ("position_ids", "decoder_attention_mask")}
 
     def _of_both(
-        self, kept: dict[str, Tensor], mask: Tensor, is_image: Tensor, responses: Sequence[list[int]]
+        self,
+        kept: dict[str, Tensor],
+        mask: Tensor,
+        is_image: Tensor,
+        responses: Sequence[list[int]],
+        thoughts: Sequence[int],
     ) -> Batch:
         """Give the prompt to the encoder, and the response to the decoder behind its start."""
         none = torch.zeros_like(mask)
@@ -116,8 +125,25 @@ class Encoder:
             prompt_mask=(column < before).expand_as(ids).clone(),
             response_mask=real & (column >= before),
             image_mask=torch.zeros_like(real),
+            thought_mask=real & (column >= before) & (column < before + torch.tensor(thoughts)[:, None])
+            if any(thoughts)
+            else None,
             encoder=prompts,
         )
+
+    @cached_property
+    def opened(self) -> str:
+        """The mark of a thought with which the template's generation prompt ends; nothing elsewhere."""
+        asked = [_conversation(Chat([{"role": "user", "content": "a"}]), self.processor)]
+        try:
+            return opened(self._apply(asked, tokenize=False)[0])
+        except SafeglassesError:  # a template that takes no plain question opens no thought either
+            return ""
+
+    def _thoughts(self, chats: Sequence[Chat], responses: Sequence[list[int]]) -> list[int]:
+        return [
+            thought_tokens(self.tokenizer, chat.response or "", ids) for chat, ids in zip(chats, responses, strict=True)
+        ]
 
     def _is_image(self, prompts: Any, chats: Sequence[Chat]) -> Tensor:
         if not any(chat.images for chat in chats):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from safeglasses.errors import SafeglassesError
+from safeglasses.model.thought import parted, written
 from safeglasses.model.vlm import VLM, Chat
 
 Reweigh = Callable[[Mapping[str, Tensor]], LogitsProcessor]
@@ -71,6 +72,8 @@ class Drawn:
     """What its length was limited by."""
     scores: tuple[TokenScore, ...] = ()
     """Per token, where they were asked for."""
+    thought: str = ""
+    """What a thinking model wrote before its answer, in its marks; no part of the text."""
 
 
 def draw(vlm: VLM, chats: Sequence[Chat], rows: Sequence[Settings], *, reweigh: Reweigh | None = None) -> list[Drawn]:
@@ -181,11 +184,12 @@ def _drawn(vlm: VLM, tokens: list[int], row: Settings, sizes: tuple[int, int], s
     elif row.prefix:  # decoded together: a first word alone would lose the space before it
         text = _text(vlm, vlm.encoder.response_ids(Chat((), row.prefix)) + tokens[:count])
     kind = "max_tokens" if limit == row.max_tokens else "model_length"
-    return Drawn(text.strip(), length, count, ended, kind, tuple(scores[:count]))
+    thought, answer = parted(vlm.encoder.opened + text)
+    return Drawn(answer.strip(), length, count, ended, kind, tuple(scores[:count]), thought)
 
 
 def _text(vlm: VLM, tokens: Sequence[int]) -> str:
-    return str(vlm.tokenizer.decode(list(tokens), skip_special_tokens=True))
+    return written(vlm.tokenizer, tokens)
 
 
 def _first(text: str, stops: Sequence[str]) -> int | None:

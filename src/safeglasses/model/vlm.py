@@ -19,6 +19,7 @@ from safeglasses.model.chat import Batch, Chat, Message, Span, batches
 from safeglasses.model.encode import Encoder, Side
 from safeglasses.model.pictures import picture_ids
 from safeglasses.model.processors import Processor
+from safeglasses.model.thought import written
 
 __all__ = ["VLM", "Batch", "Chat", "Message", "Span", "batches", "load"]
 
@@ -163,7 +164,10 @@ class VLM:
         return self.model(**inputs, use_cache=False).logits[:, start:]
 
     def generate(self, chats: Sequence[Chat], *, max_new_tokens: int, temperature: float, seed: int) -> list[str]:
-        """Return the model's answers, special tokens left out, stripped. Responses in the chats are not read.
+        """Return what the model writes, special tokens left out, stripped. Responses in the chats are not read.
+
+        A thinking model's thought stands before the answer, in its marks, the first of which may be the template's;
+        `thought.parted` parts them.
 
         Of the checkpoint's generation config only the special tokens count: no top-k, no top-p, no penalties.
 
@@ -197,7 +201,7 @@ class VLM:
         finally:
             self.model.generation_config = theirs
         answers = tokens[:, batch.ids.shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return [(self.encoder.opened + written(self.tokenizer, row)).strip() for row in answers.tolist()]
 
     def fingerprint(self) -> str:
         """Return who the weights are, whatever dtype they were loaded in; see `weights.fingerprint`."""

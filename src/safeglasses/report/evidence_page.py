@@ -27,7 +27,14 @@ LOST = (0.10, 0.25)
 the second."""
 NOISE = (0.05, 0.10)
 """The same for as many neurons as noise brings beyond the cutoff, over those selected."""
-_SPANS = {"image": "images", "text": "prompt texts", "prompt": "prompts", "response": "answers", "all": "examples"}
+_SPANS = {
+    "image": "images",
+    "text": "prompt texts",
+    "prompt": "prompts",
+    "response": "answers",
+    "thought": "thoughts",
+    "all": "examples",
+}
 _MEANINGS = {
     "auroc": "area under the ROC curve; toxic examples are the positive ones",
     "auroc_bound": "the exact AUROC lies within auroc ± this, whatever the data",
