@@ -92,6 +92,7 @@ def test_what_runtimes_would_leave_out(tiny_vlm, tmp_path):
         assert caught.value.given == "/model.multi_modal_projector.linear_1:out, one of 2 such sites of 8"
     export_ia3(tiny_vlm, glasses, tmp_path / "ia3")
     assert Glasses.load(tmp_path / "ia3") == glasses
+    assert "8 sites of the language decoder and beyond are scaled" in (tmp_path / "ia3" / "README.md").read_text()
 
 
 def test_recipes_name_several_kinds_of_sites(tiny_vlm, tmp_path):

@@ -7,7 +7,7 @@ wrote is in a card.
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ def glasses_card(record: Mapping[str, Any], results: Results | None = None) -> s
     return f"""{front_matter(base, relation="adapter", library=library, tags=tags, results=results)}
 # Safety glasses for {code(base["source"])}
 
-{record["n_neurons"]:,} neurons at {len(record["widths"])} sites of the language decoder are scaled by recipe
+{record["n_neurons"]:,} neurons at {len(record["widths"])} sites of {_where(record["widths"])} are scaled by recipe
 {code(record["recipe"])} at strength {record["strength"]:g}. No weight is changed: {what}
 were computed from how well each neuron tells toxic examples from benign ones. `neurons.parquet` lists
 every neuron. {_DUAL_USE}
@@ -118,7 +118,7 @@ def folded_card(
     return f"""{front_matter(base, relation="finetune", library="transformers", tags=[], results=results)}
 # {code(base["source"])} with {"a shield" if shield else "safety glasses"} folded in
 
-An ordinary checkpoint: {marker["n_neurons"]:,} neurons of the language decoder were {done}
+An ordinary checkpoint: {marker["n_neurons"]:,} of the model's neurons were {done}
 {code(marker["recipe"])} at strength {marker["strength"]:g}, and {how}.
 It loads and is served exactly like {code(base["source"])}; nothing of safeglasses is needed. `safeglasses.json`
 records what was folded; folding or wearing glasses made for the base is refused.
@@ -220,6 +220,11 @@ def plain(text: object) -> str:
     """Write text that is not ours so that no character of it means anything to Markdown or HTML."""
     escaped = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~:@$^=])", r"\\\1", escaped)
+
+
+def _where(sites: Iterable[str]) -> str:
+    """Say where sites lie; some may be on the vision side, in a projector or in an encoder."""
+    return "the language decoder" + (" and beyond" if any(site.startswith("/") for site in sites) else "")
 
 
 def _one_line(text: object) -> str:

@@ -251,4 +251,6 @@ def _below(name: str, places: Iterable[str]) -> bool:
 
 
 def _widths(part: nn.Linear | Conv1D) -> tuple[int, int]:
-    return (part.in_features, part.out_features) if isinstance(part, nn.Linear) else (part.nx, part.nf)
+    if isinstance(part, nn.Linear):
+        return int(part.in_features), int(part.out_features)  # some configs make tensors of them
+    return part.nx, part.nf
