@@ -54,10 +54,11 @@ def miniature() -> VLM:
     return load(CHECKPOINT)
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process in which the package is installed with its entry point, and nothing is online."""
-    info = tmp_path / "site" / "safeglasses-0.dist-info"
+    home = tmp_path_factory.mktemp("home")
+    info = home / "site" / "safeglasses-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: safeglasses\nVersion: 0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[inspect_ai]\nsafeglasses = safeglasses.evals.registry\n", encoding="utf-8")
@@ -67,7 +68,7 @@ def installed(tmp_path: Path) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(info.parent), str(SRC)]),
         "INSPECT_DISPLAY": "plain",
-        "HOME": str(tmp_path),
+        "HOME": str(home),
     }
 
 

@@ -67,9 +67,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture
-def logged(installed, prompts_file, tmp_path) -> Path:
-    """A log of eight samples, made by the plain command."""
+@pytest.fixture(scope="module")
+def logged(installed, prompts_file, tmp_path_factory) -> Path:
+    """A log of eight samples, made by the plain command; treat it as read-only."""
+    tmp_path = tmp_path_factory.mktemp("logged")
     model = ["--model", f"safeglasses/{CHECKPOINT}", "-M", "batch_size=4", "--log-dir", "logs", "--limit", "8"]
     said = run(installed, *asked(prompts_file, *model), cwd=tmp_path)
     (log,) = (tmp_path / "logs").glob("*.eval")
@@ -149,8 +150,9 @@ def finished(folder: Path) -> list[str]:
 
 
 def test_a_half_written_log_is_an_error(logged, installed, tmp_path):
-    logged.write_bytes(logged.read_bytes()[: logged.stat().st_size // 2])
-    command = inspect_command("score", logged, "--scorer", "safeglasses/lexicon", "-S", f"judge=lexicon:{LEXICON}")
+    half = tmp_path / logged.name
+    half.write_bytes(logged.read_bytes()[: logged.stat().st_size // 2])
+    command = inspect_command("score", half, "--scorer", "safeglasses/lexicon", "-S", f"judge=lexicon:{LEXICON}")
     ran = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode != 0
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from safeglasses.find.evidence import FEWEST, Evidence
 from safeglasses.measure.results_reading import read_results
 from safeglasses.model.vlm import load
 from safeglasses.report.schema import validate
-from safeglasses.run import fit
+from safeglasses.run.fit import fit
 from safeglasses.ship.fold import fold_checkpoint
 from safeglasses.ship.known import KnownAnswers
 from safeglasses.ship.verify import verify_model
@@ -37,9 +39,12 @@ def command(world: World, out: Path, *more: str) -> list[str]:
 
 
 def run(world: World, out: Path, *more: str) -> dict:
-    done = subprocess.run(command(world, out, *more), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-    return json.loads(done.stdout)
+    """Run the command here: starting a process costs more than this fit."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        status = execute(command(world, out, *more)[3:])
+    assert status == 0, said.getvalue()[-2000:]
+    return json.loads(said.getvalue())
 
 
 def glasses_bytes(out: Path) -> dict[str, bytes]:
@@ -61,7 +66,9 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
 
 @pytest.mark.slow
 def test_fit_without_tuning_flags_lowers_harm(world: World, tmp_path: Path) -> None:
-    summary = run(world, tmp_path / "run")["summary"]
+    done = subprocess.run(command(world, tmp_path / "run"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    summary = json.loads(done.stdout)["summary"]
     before, after = row(summary, "none"), row(summary, "glasses")
     assert before["harmful_rate"]["value"] > 0.3
     assert after["harmful_rate"]["high"] < before["harmful_rate"]["low"]

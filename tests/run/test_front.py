@@ -14,7 +14,7 @@ from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.progress import Quiet
 from safeglasses.report.summary import verdict
-from safeglasses.run import fit
+from safeglasses.run.fit import fit
 
 
 def asked(world: World, out: Path) -> dict:
@@ -37,7 +37,7 @@ def test_a_front_killed_between_two_points_goes_on_there_and_every_point_can_be_
     world: World, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    script = f"from safeglasses.run import fit; fit(**{asked(world, out)!r})"
+    script = f"from safeglasses.run.fit import fit; fit(**{asked(world, out)!r})"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "calibration/front/point-00.json").exists():
         assert process.poll() is None, "the run ended before it could be killed"

@@ -12,7 +12,7 @@ from safeglasses.errors import SafeglassesError
 from safeglasses.find.evidence import Evidence
 from safeglasses.protect.compose import compose
 from safeglasses.protect.steps import Ask, Log, Prompt
-from safeglasses.run import fit
+from safeglasses.run.fit import fit
 from safeglasses.run.under import Under
 
 HERE = Path(__file__)

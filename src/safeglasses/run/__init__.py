@@ -1,6 +1,1 @@
-"""The stages in order, with a run folder that resumes: `fit` and `demo`."""
-
-from safeglasses.run.demo import demo
-from safeglasses.run.fit import FitResult, fit
-
-__all__ = ["FitResult", "demo", "fit"]
+"""The stages in order, with a run folder that resumes. Nothing is imported here: every verb loads its own alone."""
