@@ -1,6 +1,7 @@
 """Sites beyond the decoder: pooled one chat at a time over what the model's own modules give for its pictures."""
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safeglasses.find.capture import capture
 from safeglasses.find.engine import Setup
 from safeglasses.find.finding import measure_evidence
 from safeglasses.find.pools import Pool
+from safeglasses.find.streams import reaches
+from safeglasses.model.chat import Span
 from safeglasses.model.outside import REGIONS, Region
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
@@ -119,3 +122,18 @@ def test_ways_of_pooling_that_reach_nothing(tiny_vlm: VLM, family: Callable[[str
     assert (caught.value.what, caught.value.given) == ("this way of pooling has no token anywhere", "response:max")
     with pytest.raises(SafeglassesError, match="keys and values of the decoder and of the encoder go through one map"):
         capture(family("t5gemma2"), examples, sites=[Site("layers.0.self_attn.k_proj", "out")], pools=POOLS[:1])
+
+
+def test_which_spans_reach_which_tokens() -> None:
+    found = {
+        (stream, both): {span for span in get_args(Span) if reaches(Pool(span, "max"), stream, both)}
+        for stream, both in (("decoder", False), ("decoder", True), ("encoder", True), ("picture", False))
+    }
+    assert found == {
+        ("decoder", False): set(get_args(Span)),
+        ("decoder", True): {"prompt", "response", "thought", "all"},
+        ("encoder", True): {"image", "text", "prompt", "all"},
+        ("picture", False): {"image", "prompt", "all"},
+    }
+    lasts = {span for span in get_args(Span) if reaches(Pool(span, "last"), "picture", False)}
+    assert lasts == {"image"}

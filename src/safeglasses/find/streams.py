@@ -36,7 +36,7 @@ def reaches(pool: Pool, stream: Stream, of_both: bool) -> bool:
     if stream == "picture":
         return pool.span == "image" or (pool.span in ("prompt", "all") and pool.how != "last")
     if stream == "encoder":
-        return pool.span != "response"
+        return pool.span not in ("response", "thought")
     return not (of_both and pool.span in ("image", "text"))
 
 
