@@ -259,6 +259,20 @@ def test_chats_that_the_model_cannot_take(tiny_vlm: VLM, family: Callable[[str],
     )
 
 
+def test_videos_are_refused_and_their_frames_taken(tiny_vlm: VLM) -> None:
+    frames = [families.picture(24, 24, seed=seed) for seed in range(3)]
+    with pytest.raises(SafeglassesError) as caught:
+        tiny_vlm.encode([Chat([{"role": "user", "content": [{"type": "video", "video": frames}]}])])
+    assert str(caught.value) == (
+        "a message holds what is neither text nor picture\n"
+        "  given:    a part of type 'video' in chat 0\n"
+        '  expected: parts of type "text" or "image"\n'
+        "  do:       give the frames of a video as pictures, several in one message; leave sounds out"
+    )
+    pictures = [{"type": "image", "image": frame} for frame in frames]
+    assert int(tiny_vlm.encode([Chat([{"role": "user", "content": pictures}])]).image_mask.sum()) == 27
+
+
 def test_no_chats(tiny_vlm: VLM) -> None:
     with pytest.raises(SafeglassesError, match="no chats to encode"):
         tiny_vlm.encode([])

@@ -37,6 +37,23 @@ class Chat:
         ]
 
 
+def check_parts(chats: Sequence[Chat]) -> None:
+    """Check that messages hold texts and pictures alone.
+
+    Raises:
+        SafeglassesError: a video, a sound or another kind of part.
+    """
+    for index, chat in enumerate(chats):
+        contents = [message["content"] for message in chat.messages if not isinstance(message["content"], str)]
+        for part in (part for content in contents for part in content if part["type"] not in ("text", "image")):
+            raise SafeglassesError(
+                "a message holds what is neither text nor picture",
+                given=f"a part of type {part['type']!r} in chat {index}",
+                expected='parts of type "text" or "image"',
+                do="give the frames of a video as pictures, several in one message; leave sounds out",
+            )
+
+
 def without_pictures(messages: Sequence[Message]) -> list[Message]:
     """Return the same messages with their texts alone."""
     return [

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
-from safeglasses.model.chat import Batch, Chat, without_pictures
+from safeglasses.model.chat import Batch, Chat, check_parts, without_pictures
 from safeglasses.model.pictures import picture_mask
 from safeglasses.model.processors import Processor, tokenizer_of
 from safeglasses.model.thought import opened, thought_tokens
@@ -221,6 +221,7 @@ class Encoder:
             ) from error
 
     def _check(self, chats: Sequence[Chat]) -> None:
+        check_parts(chats)
         counts = [len(chat.images) for chat in chats]
         if not counts:
             raise SafeglassesError("no chats to encode", expected="at least one")
