@@ -16,7 +16,7 @@ from safeglasses.find.finding import measure_evidence
 from safeglasses.find.pools import Pool
 from safeglasses.find.streams import reaches
 from safeglasses.model.chat import Span
-from safeglasses.model.outside import REGIONS, Region
+from safeglasses.model.outside import REGIONS, Region, Stream
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
 
@@ -125,10 +125,8 @@ def test_ways_of_pooling_that_reach_nothing(tiny_vlm: VLM, family: Callable[[str
 
 
 def test_which_spans_reach_which_tokens() -> None:
-    found = {
-        (stream, both): {span for span in get_args(Span) if reaches(Pool(span, "max"), stream, both)}
-        for stream, both in (("decoder", False), ("decoder", True), ("encoder", True), ("picture", False))
-    }
+    sides: list[tuple[Stream, bool]] = [("decoder", False), ("decoder", True), ("encoder", True), ("picture", False)]
+    found = {side: {span for span in get_args(Span) if reaches(Pool(span, "max"), *side)} for side in sides}
     assert found == {
         ("decoder", False): set(get_args(Span)),
         ("decoder", True): {"prompt", "response", "thought", "all"},
