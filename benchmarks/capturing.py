@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from wearing import random_llava
 
 from safeglasses.find.passes import Watch, pooled_pass
-from safeglasses.find.pools import Pool, Window
+from safeglasses.find.pools import Pool
+from safeglasses.find.streams import windows_of
 from safeglasses.model.anatomy import anatomy
 from safeglasses.model.vlm import VLM, Batch
 
@@ -76,7 +77,7 @@ def measure(
     """
     sites = vlm.anatomy.sites(watched.sites)
     watch = Watch.on(vlm, sites, watched.pools)
-    windows = [Window.of(batch, pool, [""] * len(batch.prompt_length)) for pool in watched.pools]
+    windows = windows_of(batch, watched.pools, {"decoder"}, [""] * len(batch.prompt_length))
     last = batch.ids.shape[1] - 1
 
     def bare() -> None:

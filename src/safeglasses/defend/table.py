@@ -104,7 +104,8 @@ def _addresses(site: Site, index: np.ndarray, width: int) -> pa.Array:
     places = [site.address(first, width).partition("#")[0] for first in halves]
     size = width // len(halves)
     where = pa.DictionaryArray.from_arrays(pa.array((index // size).astype(np.int32)), pa.array(places))
-    return pc.binary_join_element_wise(where.cast(pa.string()), pa.array(index % size).cast(pa.string()), "#")
+    joined: Any = [where.cast(pa.string()), pa.array(index % size).cast(pa.string()), "#"]
+    return pc.call_function("binary_join_element_wise", joined)  # by name: pyarrow makes the others at import
 
 
 def read_table(
