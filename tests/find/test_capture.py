@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safeglasses.data.examples import Example
+from safeglasses.data.examples import Example, Text, Turn
 from safeglasses.errors import BadRow, SafeglassesError
 from safeglasses.find import capture as module
 from safeglasses.find.capture import Activations, capture
@@ -194,6 +194,16 @@ def test_a_site_that_is_reached_twice_is_an_error(
     with pytest.raises(SafeglassesError) as caught:
         capture(tiny_vlm, examples[:1], sites=SITES[:1], pools=LAST)
     assert "given:    layers.1.mlp.down_proj:in, reached twice in one pass\n" in str(caught.value)
+
+
+def test_where_a_map_is_computed_twice_the_sites_that_the_error_names_work(family: Callable[[str], VLM]) -> None:
+    vlm, row = family("gemma3n_text"), Example("a", (Turn("user", (Text("a dog"),)),), response="a cat", label="toxic")
+    with pytest.raises(SafeglassesError, match="does not hold one vector per token") as caught:
+        capture(vlm, [row], sites=vlm.anatomy.sites("linears"), pools=LAST)
+    assert str(caught.value.given).endswith("altup.modality_router:out, reached twice in one pass")
+    assert "--sites mlp --sites attention" in caught.value.do
+    found = capture(vlm, [row], sites=vlm.anatomy.sites(["mlp", "attention"]), pools=LAST)
+    assert all(bool(values.isfinite().all()) for values in found.values.values())
 
 
 @pytest.mark.parametrize(("pool", "field"), [("response:max", "response"), ("image:mean", "pictures")])

@@ -196,7 +196,7 @@ def _not_per_token(site: Site, seen: str, samples: int, tokens: int) -> Safeglas
         "this site does not hold one vector per token",
         given=f"{site}, {seen} in one pass",
         expected=f"{samples} examples × {tokens} tokens, once",
-        do="leave the site out (cross-attention sees other tokens)",
+        do="look elsewhere: --sites mlp --sites attention, or in a recipe sites = ['mlp', 'attention']",
     )
 
 
