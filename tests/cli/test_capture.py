@@ -156,6 +156,16 @@ def test_a_killed_rank_ends_the_job_with_one_message_and_the_job_goes_on_to_the_
     assert (out / "evidence.safetensors").read_bytes() == (alone[1] / "evidence.safetensors").read_bytes()
 
 
+def test_sites_that_no_pool_reaches_are_refused_before_a_folder_is_claimed(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute([*command(1, tiny, data, tmp_path / "run")[3:-1], "--sites", "vision"]) == 2
+    said = capsys.readouterr().err
+    assert "error: no token to pool over at this site" in said
+    assert "image:max" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_number_of_processes_is_asserted(tiny: Path, data: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command(1, tiny, data, tmp_path / "run", "--processes", "2"), capture_output=True, text=True, env=ENVIRONMENT

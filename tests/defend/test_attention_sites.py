@@ -112,7 +112,7 @@ def test_recipe_files_know_heads(tmp_path):
 def test_what_has_no_heads_is_refused(family):
     with pytest.raises(SafeglassesError, match="a recipe that cannot work") as error:
         replace(RECIPES["sgm"], by_head=True)
-    assert error.value.given == "sgm: by_head with sites 'linears'"
+    assert error.value.given == "sgm: by_head with sites 'linears', not attention or heads"
     fused = family("gpt2")  # queries, keys and values in one map, in an order that shapes do not tell
     with pytest.raises(SafeglassesError, match="none of the recipe's sites has attention heads"):
         replace(RECIPES["sgm"], sites="attention", by_head=True).heads(fused.anatomy)

@@ -268,7 +268,10 @@ def _problems(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.rule != "calibrated" and recipe.two_sided, "two_sided without calibration"),
         (recipe.rule != "calibrated" and recipe.confirmed, "confirmed without calibration"),
         (recipe.rule != "calibrated" and recipe.by_category, "by_category without calibration"),
-        (recipe.by_head and not where & {"attention", "heads"}, f"by_head with sites {recipe.sites!r}"),
+        (
+            recipe.by_head and not where & {"attention", "heads"},
+            f"by_head with sites {recipe.sites!r}, not attention or heads",
+        ),
         (recipe.by_category and recipe.granularity == "neuron", 'by_category with granularity "neuron", not "group"'),
     ]
 

@@ -18,6 +18,7 @@ from safeglasses.files import write_json
 from safeglasses.find.engine import Engine
 from safeglasses.find.evidence import Evidence
 from safeglasses.find.finding import measure_evidence, setup_for
+from safeglasses.find.passes import Watch
 from safeglasses.find.pools import Pool
 from safeglasses.find.world import World, say_once
 from safeglasses.model.anatomy import What
@@ -123,6 +124,7 @@ def capture_evidence(
             with show.stage("read and check the data"):
                 given = limited(read_examples(pairs, skip_bad=skip_bad), limit)
                 check_pairs(given, vlm)
+            Watch.on(vlm, vlm.anatomy.sites(sites), pools)  # says now what cannot be read, before a folder is claimed
         if fsdp:
             shard(vlm, world.size)
         with world.together():
