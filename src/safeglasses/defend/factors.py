@@ -1,6 +1,6 @@
 """Factors per site, and the few things done with them everywhere."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -59,14 +59,8 @@ def refuse_fused(factors: Factors, what: str, do: str = FOLD) -> None:
     Raises:
         SafeglassesError: naming the first such site, and how many there are.
     """
-    fused = [site for site in in_order(factors) if site.fused]
-    if fused:
-        raise SafeglassesError(
-            f"{what} cannot carry factors of fused experts: they are slices of parameters, not modules",
-            given=f"{fused[0]}, one of {len(fused):,} such sites of {len(factors):,}",
-            expected="factors of linear maps",
-            do=do,
-        )
+    why = f"{what} cannot carry factors of fused experts: they are slices of parameters, not modules"
+    _refuse([site for site in in_order(factors) if site.fused], factors, why, "factors of linear maps", do)
 
 
 def refuse_outside(factors: Factors, what: str, do: str = FOLD) -> None:
@@ -80,14 +74,14 @@ def refuse_outside(factors: Factors, what: str, do: str = FOLD) -> None:
     Raises:
         SafeglassesError: naming the first such site, and how many there are.
     """
-    outside = [site for site in in_order(factors) if site.outside]
-    if outside:
-        raise SafeglassesError(
-            f"{what} reaches the language decoder alone: on vision towers, projectors and encoders it would do nothing",
-            given=f"{outside[0]}, one of {len(outside):,} such sites of {len(factors):,}",
-            expected="factors of the decoder's own maps",
-            do=do,
-        )
+    why = f"{what} reaches the language decoder alone: on vision towers, projectors and encoders it would do nothing"
+    _refuse([site for site in in_order(factors) if site.outside], factors, why, "factors of the decoder's own maps", do)
+
+
+def _refuse(found: Sequence[Site], factors: Factors, why: str, expected: str, do: str) -> None:
+    if found:
+        given = f"{found[0]}, one of {len(found):,} such sites of {len(factors):,}"
+        raise SafeglassesError(why, given=given, expected=expected, do=do)
 
 
 def check_factors(factors: Factors) -> None:
