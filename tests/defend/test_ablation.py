@@ -7,12 +7,15 @@ import torch
 
 from defend.conftest import batch_for, chats_for, glasses_for, logits_of
 from find.conftest import example_of
+from safeglasses.data.examples import Example, Text, Turn
 from safeglasses.defend.ablation import Ablation, StandIns
+from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.patching import Patch
 from safeglasses.errors import PartialMatch, SafeglassesError
 from safeglasses.find.selection import Selection
 from safeglasses.model.hooks import tap
 from safeglasses.model.sites import Site
+from safeglasses.model.vlm import Chat
 
 EXAMPLES = [example_of(i) for i in range(6)]
 
@@ -196,6 +199,23 @@ def test_patching_every_neuron_restores_the_defence_and_none_leaves_nothing(tiny
     alone = replace(glasses, factors={sites[0]: glasses.factors[sites[0]]})
     with alone.worn(tiny_vlm):
         assert torch.equal(part, logits_of(tiny_vlm, batch))
+
+
+def test_maps_that_are_computed_twice_a_pass_are_patched_call_by_call(family):
+    """Gemma 3n asks its routers before and behind a layer: what each call gave goes back into that call."""
+    vlm = family("gemma3n_text")
+    routers = [Site(path, "out") for path in vlm.anatomy.linears if path.endswith("modality_router")]
+    batch = vlm.encode([Chat([{"role": "user", "content": "a red dog"}], "a cat")])
+    glasses = Glasses({site: torch.full((vlm.anatomy.width(site),), 0.2) for site in routers}, vlm.fingerprint(), "test")
+    with glasses.worn(vlm):
+        worn = logits_of(vlm, batch)
+    every = Selection({site: torch.ones(vlm.anatomy.width(site), dtype=torch.bool) for site in routers})
+    with Patch(glasses, every).worn(vlm):
+        assert torch.equal(logits_of(vlm, batch), worn)
+    assert not torch.equal(logits_of(vlm, batch), worn)
+    row = Example("row", (Turn("user", (Text("a dog"),)),), response="a cat", label="non-toxic")
+    stand_ins = StandIns.of(vlm, [row], [*routers, *vlm.anatomy.sites("neurons")], tokens=3)
+    assert {len(values) for values in stand_ins.values.values()} == {3}
 
 
 def test_an_error_inside_a_patch_leaves_no_hook(tiny_vlm, some):

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from safeglasses.data.examples import Example, Text, Turn
+from safeglasses.defend.recipes import RECIPES
 from safeglasses.errors import BadRow, SafeglassesError
 from safeglasses.find import capture as module
 from safeglasses.find.capture import Activations, capture
 from safeglasses.find.pools import How, Pool
 from safeglasses.model.chat import Batch, Span
+from safeglasses.model.hooks import tap
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM, load
 
@@ -187,23 +189,41 @@ def test_a_site_that_is_not_reached_is_an_error(
     )
 
 
-def test_a_site_that_is_reached_twice_is_an_error(
-    forwards: SimpleNamespace, tiny_vlm: VLM, examples: list[Example]
+def test_where_the_whole_model_runs_twice_nothing_changes(
+    forwards: SimpleNamespace, tiny_vlm: VLM, examples: list[Example], alone: dict[Site, Tensor]
 ) -> None:
     forwards.repeats = 2
-    with pytest.raises(SafeglassesError) as caught:
-        capture(tiny_vlm, examples[:1], sites=SITES[:1], pools=LAST)
-    assert "given:    layers.1.mlp.down_proj:in, reached twice in one pass\n" in str(caught.value)
+    assert_same(capture(tiny_vlm, examples, sites=SITES, pools=POOLS, batch_size=4), alone)
 
 
-def test_where_a_map_is_computed_twice_the_sites_that_the_error_names_work(family: Callable[[str], VLM]) -> None:
-    vlm, row = family("gemma3n_text"), Example("a", (Turn("user", (Text("a dog"),)),), response="a cat", label="toxic")
-    with pytest.raises(SafeglassesError, match="does not hold one vector per token") as caught:
-        capture(vlm, [row], sites=vlm.anatomy.sites("linears"), pools=LAST)
-    assert str(caught.value.given).endswith("altup.modality_router:out, reached twice in one pass")
-    assert "--sites mlp --sites attention" in caught.value.do
-    found = capture(vlm, [row], sites=vlm.anatomy.sites(["mlp", "attention"]), pools=LAST)
+def test_a_map_that_is_computed_twice_is_pooled_over_both(family: Callable[[str], VLM]) -> None:
+    """Gemma 3n's router is asked before and behind a layer; the sites are those of the default recipe."""
+    vlm = family("gemma3n_text")
+    rows = [
+        Example(f"{n}", (Turn("user", (Text("a dog " * n),)),), response="a cat " * n, label="toxic")
+        for n in range(1, 5)
+    ]
+    pools = (Pool("prompt", "last"), *(Pool("response", how) for how in get_args(How)))
+    found = capture(vlm, rows, sites=vlm.anatomy.sites(RECIPES["sgm"].sites), pools=pools, batch_size=2)
+    router = Site("layers.1.altup.modality_router", "out")
+    assert router in found.values
     assert all(bool(values.isfinite().all()) for values in found.values.values())
+    for column, row in enumerate(rows):
+        calls: list[Tensor] = []
+        batch = vlm.encode([row.chat()])
+        with (
+            torch.no_grad(),
+            tap(vlm.model, vlm.anatomy, [router], lambda _, value, calls=calls: calls.append(value[0])),
+        ):
+            vlm.model(**batch.inputs, use_cache=False)
+        first, second = calls
+        assert not torch.equal(first, second)
+        n = int(batch.prompt_length[0])
+        both = torch.cat([first[n:], second[n:]])
+        ways = {"max": both.amax(0), "mean": both.mean(0), "last": second[-1], "mean-abs": both.abs().mean(0)}
+        ways["rms"] = both.square().mean(0).sqrt()
+        expected = torch.stack([second[n - 1], *(ways[pool.how] for pool in pools[1:])])
+        torch.testing.assert_close(found.values[router][:, :, column], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("pool", "field"), [("response:max", "response"), ("image:mean", "pictures")])

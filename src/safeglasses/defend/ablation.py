@@ -68,9 +68,12 @@ class StandIns:
                 for i in torch.randperm(len(places), generator=generator)[:share]
             ]
             where = tuple(torch.tensor(axis) for axis in zip(*chosen, strict=True))
+            read: dict[Site, Tensor] = {}  # of maps that are computed several times the last call's
 
-            def keep(site: Site, value: Tensor, where: tuple[Tensor, ...] = where) -> None:
-                kept[site].append(value[tuple(axis.to(value.device) for axis in where)].cpu())
+            def keep(
+                site: Site, value: Tensor, where: tuple[Tensor, ...] = where, read: dict[Site, Tensor] = read
+            ) -> None:
+                read[site] = value[tuple(axis.to(value.device) for axis in where)].cpu()
 
             def sort(experts: Experts, side: Side, routing: Routing, value: Tensor, flat: Tensor = flat) -> None:
                 mine = fused[experts.path, side]
@@ -87,6 +90,8 @@ class StandIns:
                 tap_routed(vlm.model, vlm.anatomy, wanted, sort, tokens=real.numel()),
             ):
                 vlm.forward(batch, logits_from=batch.ids.shape[1] - 1)
+            for site, values in read.items():
+                kept[site].append(values)
         unmet = [str(site) for site, found in kept.items() if not any(map(len, found))]
         if unmet:
             raise SafeglassesError(

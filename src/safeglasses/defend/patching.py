@@ -76,7 +76,7 @@ class _Twin:
 
     def __init__(self, vlm: VLM, source: Defence, masks: dict[Site, Tensor]) -> None:
         self._vlm, self._source, self._masks = vlm, source, masks
-        self._found: dict[Site, Tensor] = {}
+        self._found: dict[Site, list[Tensor]] = {}  # in the order of calls: some maps are computed several times
         self._cache: Any = None
         self._ahead = False
 
@@ -102,9 +102,9 @@ class _Twin:
         def patched(value: Tensor) -> Tensor:
             if self._ahead:
                 return value
-            return torch.where(mask.to(value.device), self._found[site], value)
+            return torch.where(mask.to(value.device), self._found[site].pop(0), value)
 
         return patched
 
     def _keep(self, site: Site, value: Tensor) -> None:
-        self._found[site] = value
+        self._found.setdefault(site, []).append(value)

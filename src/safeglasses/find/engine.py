@@ -23,7 +23,7 @@ from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.edges import Edges
 from safeglasses.find.moments import Moments
-from safeglasses.find.passes import LENGTHS, Watch, is_sharded, passes, plan
+from safeglasses.find.passes import LENGTHS, Watch, passes, plan
 from safeglasses.find.ranks import Ranks
 from safeglasses.find.routed import edges_with_gaps, rate
 from safeglasses.find.shards import SHARD, Shards, cut, owners_of
@@ -31,6 +31,7 @@ from safeglasses.find.statistic import Columns, Samples
 from safeglasses.find.streams import gaps_of
 from safeglasses.find.tally import Tally
 from safeglasses.find.world import World
+from safeglasses.model.sharding import is_sharded
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
 

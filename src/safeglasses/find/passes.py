@@ -10,12 +10,11 @@ from functools import cache
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
-from safeglasses.find.pools import MEANS, Pool, Window
+from safeglasses.find.pools import MEANS, Pool, Window, over_calls
 from safeglasses.find.routed import Span
 from safeglasses.find.streams import Windows, check_numbers, pooled_patches, streams_of, windows_of
 from safeglasses.model.experts import Experts
@@ -23,6 +22,7 @@ from safeglasses.model.hooks import before_layers, tap, tap_routed
 from safeglasses.model.outside import Stream
 from safeglasses.model.routes import Routing
 from safeglasses.model.routing import by_module, check_reachable
+from safeglasses.model.sharding import is_sharded
 from safeglasses.model.sites import Side, Site
 from safeglasses.model.vlm import VLM, Batch, batches
 
@@ -123,8 +123,8 @@ def passes(vlm: VLM, examples: Sequence[Example], watch: Watch, batches: Sequenc
     """Run the batches and yield what was pooled.
 
     Pictures of the next batch are decoded and encoded while the model runs. A pass that runs out of memory is
-    tried again in halves, and no later pass is larger. Only the first pass runs to the model's end, to see
-    that no site is reached twice; the others stop behind the last site.
+    tried again in halves, and no later pass is larger. The first runs to the model's end; if no site was reached
+    several times (Gemma 3n asks a router before and behind every layer), the others stop behind the last site.
 
     Raises:
         SafeglassesError: no memory for a single example, or a site that does not hold one vector per token.
@@ -132,7 +132,7 @@ def passes(vlm: VLM, examples: Sequence[Example], watch: Watch, batches: Sequenc
     """
     sharded = is_sharded(vlm.model)
     waiting = list(batches)[::-1]
-    first = True
+    whole = True
     with ThreadPoolExecutor(_DECODERS) as decoders, ThreadPoolExecutor(1) as encoder:
         wanted: set[Stream] = {*watch.streams.values()} or {"decoder"}
 
@@ -145,32 +145,24 @@ def passes(vlm: VLM, examples: Sequence[Example], watch: Watch, batches: Sequenc
             rows = waiting.pop()
             batch, windows = ahead.result()
             ahead = encoder.submit(encode, waiting[-1]) if waiting else None
-            pooled = None
+            pooled, again = None, False
             try:
-                pooled = pooled_pass(vlm, batch.to(vlm.device), windows, watch, whole=first or sharded).cpu()
+                pooled, again = pooled_pass(vlm, batch.to(vlm.device), windows, watch, whole=whole)
+                pooled = pooled.cpu()
             except torch.OutOfMemoryError as error:
                 if len(rows) == 1 or sharded:
                     raise _no_memory(examples[rows[0]], len(rows)) from error
             if pooled is not None:
                 spans = (batch.response_mask, batch.asked.prompt_mask, batch.asked.image_mask)
                 yield Pass(rows, pooled, torch.stack([span.sum(dim=1) for span in spans]))
-                first = False
+                whole = sharded or again
                 continue
             most = (len(rows) + 1) // 2
             log.warning("out of memory with %d examples per pass: going on with %d", len(rows), most)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # not above: the error holds on to the tensors
-            waiting = [part[i : i + most] for part in [*waiting, rows] for i in _starts_last_first(part, most)]
+            waiting = [part[i : i + most] for part in [*waiting, rows] for i in range(0, len(part), most)[::-1]]
             ahead = encoder.submit(encode, waiting[-1])
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether every forward pass of a model needs all processes (FSDP2)."""
-    return any(isinstance(part, FSDPModule) for part in model.modules())
-
-
-def _starts_last_first(rows: list[int], size: int) -> range:
-    return range((len(rows) - 1) // size * size, -1, -size)
 
 
 def _no_memory(example: Example, rows: int) -> SafeglassesError:
@@ -195,14 +187,14 @@ def _not_per_token(site: Site, seen: str, samples: int, tokens: int) -> Safeglas
     return SafeglassesError(
         "this site does not hold one vector per token",
         given=f"{site}, {seen} in one pass",
-        expected=f"{samples} examples × {tokens} tokens, once",
+        expected=f"{samples} examples × {tokens} tokens",
         do="look elsewhere: --sites mlp --sites attention, or in a recipe sites = ['mlp', 'attention']",
     )
 
 
 def pooled_pass(
     vlm: VLM, batch: Batch, windows: Windows, watch: Watch, *, whole: bool = True
-) -> Float[Tensor, "pool neuron sample"]:
+) -> tuple[Float[Tensor, "pool neuron sample"], bool]:
     """Run the model once and pool at every site, where the values lie; NaN where a sample has no value.
 
     That is where no token reached an expert, where a pool has no tokens of a site's stream, and on the vision side of a
@@ -213,7 +205,10 @@ def pooled_pass(
         batch: on the model's device.
         windows: where the tokens of each pool lie in the batch.
         watch: what to read.
-        whole: run to the model's end, and find out whether a site is reached twice.
+        whole: run to the model's end; else stop once every site was reached.
+
+    Returns:
+        The values, as of `over_calls`, and whether a site was reached several times.
 
     Raises:
         SafeglassesError: a site is not reached, or does not hold one vector per token; a value is NaN where that means
@@ -222,6 +217,7 @@ def pooled_pass(
     samples = len(batch.ids)
     sizes: dict[Stream, int] = {"decoder": batch.ids.shape[1], "encoder": batch.asked.ids.shape[1]}
     found: dict[Site, Tensor] = {}
+    calls: dict[Site, list[Tensor]] = {}
     patches: dict[Site, list[Tensor]] = {site: [] for site in watch.patches}
     waiting = set(watch.sites)
     local: dict[tuple[Stream, torch.device], list[Window | None]] = {}
@@ -239,9 +235,8 @@ def pooled_pass(
         stream: Stream = watch.streams.get(site, "decoder")
         tokens = sizes[stream]
         key: tuple[Stream, torch.device] = (stream, value.device)
-        if site in found or value.numel() != samples * tokens * value.shape[-1]:
-            shape = "reached twice" if site in found else f"of shape {tuple(value.shape)}"
-            raise _not_per_token(site, shape, samples, tokens)
+        if value.numel() != samples * tokens * value.shape[-1]:
+            raise _not_per_token(site, f"of shape {tuple(value.shape)}", samples, tokens)
         if key not in local:
             local[key] = [None if window is None else window.to(value.device) for window in windows[stream]]
         rows = value.reshape(samples, tokens, -1)
@@ -253,7 +248,7 @@ def pooled_pass(
             pooled.append(window.reduce(rows).to(watch.dtype))
             if None in local[key]:
                 check_numbers(site, pooled[-1])
-        found[site] = torch.stack(pooled).to(vlm.device)
+        calls.setdefault(site, []).append(torch.stack(pooled).to(vlm.device))
         seen([site])
 
     fused = by_module(vlm.anatomy, watch.sites)
@@ -281,6 +276,7 @@ def pooled_pass(
         before_layers(vlm.model, vlm.anatomy, lambda: seen(())) if patches else nullcontext(),
     ):
         vlm.forward(batch, logits_from=tokens - 1)  # the fewest logits that can be asked for
+    found |= {site: over_calls(each, watch.pools) for site, each in calls.items()}
     if any(value.is_floating_point() for value in batch.inputs.values()):  # pictures are all that is no integer
         patches = {site: values for site, values in patches.items() if values}
     for site, values in patches.items():
@@ -297,4 +293,5 @@ def pooled_pass(
             given=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             do="leave these sites out",
         )
-    return torch.cat([found[site] for site in watch.sites], dim=2).movedim(1, 2).contiguous()
+    pooled = torch.cat([found[site] for site in watch.sites], dim=2).movedim(1, 2).contiguous()
+    return pooled, any(len(each) > 1 for each in calls.values())

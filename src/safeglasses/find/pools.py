@@ -129,6 +129,28 @@ class Window:
         return mean.sqrt() if self.how == "rms" else mean
 
 
+def over_calls(
+    calls: Sequence[Float[Tensor, "pool sample _neuron"]], pools: Sequence[Pool]
+) -> Float[Tensor, "pool sample _neuron"]:
+    """Summarise what a map that is computed several times per token gave: as over that many times the tokens.
+
+    ``last`` is the last token's value in the last of the calls.
+    """
+    if len(calls) == 1:
+        return calls[0]
+    joined: list[Tensor] = []
+    for pool, each in zip(pools, torch.stack(list(calls), dim=1), strict=True):
+        if pool.how == "last":
+            joined.append(each[-1])
+        elif pool.how == "max":
+            joined.append(each.amax(dim=0))
+        elif pool.how == "rms":
+            joined.append(each.square().mean(dim=0).sqrt())
+        else:
+            joined.append(each.mean(dim=0))
+    return torch.stack(joined)
+
+
 def _parts(
     span: Bool[Tensor, "sample token"],
 ) -> Iterator[tuple[slice, Bool[Tensor, "sample _token 1"] | None]]:

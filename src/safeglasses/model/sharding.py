@@ -1,8 +1,9 @@
 """Cut a model's weights over the processes of a job, for models larger than one device."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.vlm import VLM
@@ -28,3 +29,8 @@ def shard(vlm: VLM, processes: int) -> None:
     for layer in layers.children():
         fully_shard(layer, mesh=mesh)
     fully_shard(vlm.model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every forward pass of a model needs all processes (FSDP2)."""
+    return any(isinstance(part, FSDPModule) for part in model.modules())
