@@ -206,7 +206,8 @@ def test_maps_that_are_computed_twice_a_pass_are_patched_call_by_call(family):
     vlm = family("gemma3n_text")
     routers = [Site(path, "out") for path in vlm.anatomy.linears if path.endswith("modality_router")]
     batch = vlm.encode([Chat([{"role": "user", "content": "a red dog"}], "a cat")])
-    glasses = Glasses({site: torch.full((vlm.anatomy.width(site),), 0.2) for site in routers}, vlm.fingerprint(), "test")
+    factors = {site: torch.full((vlm.anatomy.width(site),), 0.2) for site in routers}
+    glasses = Glasses(factors, vlm.fingerprint(), "test")
     with glasses.worn(vlm):
         worn = logits_of(vlm, batch)
     every = Selection({site: torch.ones(vlm.anatomy.width(site), dtype=torch.bool) for site in routers})
