@@ -8,7 +8,8 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from safeglasses.errors import PartialMatch, SafeglassesError
+from safeglasses.errors import SafeglassesError
+from safeglasses.model import trouble
 from safeglasses.model.blocks import ATTENTION, Block, find_blocks
 from safeglasses.model.crossing import CROSS, is_key, merges
 from safeglasses.model.decoders import find_decoder, find_encoder, find_layers, other_layers
@@ -115,12 +116,7 @@ class Anatomy:
         """
         self.width(site)
         if site.path in self.merged_keys:
-            raise SafeglassesError(
-                "keys and values of the decoder and of the encoder go through one map",
-                given=str(site),
-                expected="a map that reads one kind of tokens",
-                do="leave the site out; glasses on it can be worn and folded",
-            )
+            raise trouble.merged(site)
         if site.outside:
             return self.outside.stream(site.path)
         if site.path not in self.cross_attention_keys:
@@ -154,22 +150,11 @@ class Anatomy:
             return self.attention.sites_by_head()
         if what == "linears":
             if not self.linears:
-                raise SafeglassesError(
-                    "the decoder has no linear maps",
-                    given=f"{self.n_layers} layers under {self.absolute_path(self.layers_path)!r}",
-                    expected="torch.nn.Linear or Conv1D modules inside the layers",
-                    do="load the model unquantised, or in a format whose layers are torch.nn.Linear",
-                )
+                raise trouble.no_linears(self.n_layers, self.absolute_path(self.layers_path))
             elsewhere = set(self.cross_attention_keys)
             return tuple(Site(path, "out") for path in self.linears if path not in elsewhere)
         if not self.neurons:
-            raise SafeglassesError(
-                "the decoder's feed-forward blocks have no linear maps of their own",
-                given=self.ffn_reason,
-                expected="one linear map per layer, outside attention, that writes the residual stream",
-                do='use sites="linears": on this model it acts on '
-                + ("the attention's linear maps only" if self._attention_only() else "the linear maps that exist"),
-            )
+            raise trouble.no_blocks(self.ffn_reason, self.linears)
         if what == "neurons":
             return self.neurons
         fused = (site for experts in self.experts.values() for site in experts.sites("gate", "up", "out"))
@@ -186,12 +171,7 @@ class Anatomy:
             return found[0].size(site.side)
         self.require(site.path)
         if site.side not in ("in", "out"):
-            raise PartialMatch(
-                f"a linear map has no side {site.side!r}",
-                given=str(site),
-                expected=f"{site.path}:in or {site.path}:out; halves of a fused map are parts of its :out",
-                do="list the model's sites with `safeglasses inspect MODEL`",
-            )
+            raise trouble.no_side(site)
         if site.outside:
             return self.outside.widths[site.path][site.side == "out"]
         return self.linears[site.path] if site.side == "out" else self.in_features[site.path]
@@ -245,19 +225,9 @@ class Anatomy:
         missing = [path for path in paths if path not in self.linears and path not in self.outside.widths]
         fused = [path for path in missing if self.expert(Site(path, "in")) is not None]
         if fused:
-            raise PartialMatch(
-                "fused experts are no modules: this works on linear maps alone",
-                given=f"{', '.join(fused[:3])}{' …' if len(fused) > 3 else ''}: slices of 3-D parameters",
-                expected="linear maps",
-                do='use sites="linears", which leaves fused experts out',
-            )
+            raise trouble.no_modules(fused)
         if missing:
-            raise PartialMatch(
-                f"{len(missing)} of {len(paths)} modules are not linear maps of this decoder",
-                given=", ".join(missing[:3]) + (" …" if len(missing) > 3 else ""),
-                expected=self._examples(),
-                do="list the model's sites with `safeglasses inspect MODEL`",
-            )
+            raise trouble.missing(missing, len(paths), list(self.linears))
 
     def require_linear(self, sites: Iterable[Site]) -> None:
         """Check that these are the two sides of linear maps, before hooks are put on them.
@@ -270,23 +240,11 @@ class Anatomy:
         for site in wanted:
             self.width(site)
             if self.stream(site) != "decoder":
-                raise PartialMatch(
-                    "this works on what the decoder's own tokens pass",
-                    given=f"{site}: its tokens are not the decoder's",
-                    expected="linear maps of the decoder",
-                    do="leave the site out",
-                )
+                raise trouble.other_tokens(site)
 
     @cached_property
     def _members(self) -> Mapping[str, Block]:
         return {path: block for block in self.blocks for path in (*block.makers, block.down)}
-
-    def _attention_only(self) -> bool:
-        return all(ATTENTION.search(path) for path in self.linears)
-
-    def _examples(self) -> str:
-        paths = list(self.linears)
-        return f"one of {len(paths)}, {paths[0]} … {paths[-1]}" if paths else "none: the decoder has no linear maps"
 
 
 def anatomy(model: nn.Module) -> Anatomy:
