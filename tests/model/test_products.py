@@ -295,7 +295,7 @@ def test_what_is_not_understood_is_an_error_and_leaves_nothing(how: Callable[...
     (experts,) = find_experts(model, "layers").values()
     module = model.layers[0]["experts"]
     shown: list[Side] = []
-    products = Products(module, experts, lambda side, _n, _t, value, _g, _w: (shown.append(side), value)[1])
+    products = Products(module, experts, lambda side, _routing, value: (shown.append(side), value)[1])
     plain = module(x)
     products.begin(x)
     try:

@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.experts import Experts
+from safeglasses.model.routes import Routing
 from safeglasses.model.sites import Side
 
-Show = Callable[[Side, Int[Tensor, " row"], Int[Tensor, " row"], Tensor, Tensor, bool], Tensor]
-"""Gets a side, numbers of experts, tokens, values ``[row, neuron]``, what the module was given (``[token, …]``), and
-whether these are all experts'; returns the values to go on with."""
+Show = Callable[[Side, Routing, Tensor], Tensor]
+"""Gets a side, which tokens its values are of, and the values ``[row, neuron]``; returns those to go on with."""
 _PRODUCTS: tuple[Any, ...] = (
     torch.bmm,
     torch.matmul,
@@ -107,12 +107,12 @@ class Products(TorchFunctionMode):
         if not maker:
             return self._shown("out", value, *where)
         if name != "gate_up_proj":
-            return self._shown("gate" if name == "gate_proj" else "up", value, *where)
+            return self._shown("gate" if name == "gate_proj" else "up", value, *where, x)
         if self._experts.interleaved:
-            halves = self._shown("gate", value[..., 0::2], *where), self._shown("up", value[..., 1::2], *where)
+            halves = self._shown("gate", value[..., 0::2], *where, x), self._shown("up", value[..., 1::2], *where, x)
             return torch.stack(halves, dim=-1).flatten(-2)
         gate, up = value.chunk(2, dim=-1)
-        return torch.cat([self._shown("gate", gate, *where), self._shown("up", up, *where)], dim=-1)
+        return torch.cat([self._shown("gate", gate, *where, x), self._shown("up", up, *where, x)], dim=-1)
 
     def _places(
         self, x: Tensor, weight: Tensor, name: str, *, maker: bool
@@ -138,13 +138,18 @@ class Products(TorchFunctionMode):
             raise self._strange("a down projection of other tokens")
         return torch.full_like(self._rows[number], number), self._rows[number], False
 
-    def _shown(self, side: Side, value: Tensor, numbers: Tensor, tokens: Tensor, whole: bool) -> Tensor:
+    def _shown(
+        self, side: Side, value: Tensor, numbers: Tensor, tokens: Tensor, whole: bool, x: Tensor | None = None
+    ) -> Tensor:
         if self._given is None:
             raise RuntimeError("only between begin and end")
         given = self._given if not whole else value.new_empty(value.shape[1], 0)  # only how many tokens there are
         place = (numbers, tokens)
         seen = value[place] if whole else value
-        changed = self._show(side, numbers, tokens, seen, given, whole)
+        read = x[place] if whole and x is not None else None
+        every = torch.arange(self._experts.n_experts, device=numbers.device)
+        ends = torch.searchsorted(numbers, every, right=True)
+        changed = self._show(side, Routing(numbers, tokens, ends, given, whole, read), seen)
         if changed is seen:
             return value
         return value.index_put(place, changed) if whole else changed

@@ -25,6 +25,14 @@ class Routing:
     """What the module was given."""
     whole: bool = True
     """Whether these are all pairs; False where experts compute one after the other, each showing its own."""
+    scaled: Float[Tensor, "row read"] | None = None
+    """What each row's expert reads where that is not what the module was given for its token: Llama 4 multiplies by
+    the router's weight before. Shown with ``gate`` and ``up`` alone."""
+
+    @property
+    def read(self) -> Float[Tensor, "row read"]:
+        """What the maps that make neurons read."""
+        return self.given[self.row] if self.scaled is None else self.scaled
 
     @cached_property
     def slices(self) -> tuple[tuple[int, slice], ...]:

@@ -58,10 +58,13 @@ _BEFORE: dict[int, _Before] = {}
 
 
 @contextmanager
-def visited(model: nn.Module, anatomy: Anatomy, visits: Iterable[tuple[Experts, Side, Visit]]) -> Iterator[None]:
+def visited(
+    model: nn.Module, anatomy: Anatomy, visits: Iterable[tuple[Experts, Side, Visit]], *, first: bool = False
+) -> Iterator[None]:
     """Call every visit with the values of its side of all experts of a module, whenever a forward reaches them.
 
-    Visits of one side see each other's changes, in the order in which they came. A module that no token is sent to
+    Visits of one side see each other's changes, in the order in which they came, or before all others that are there
+    (``first``: what changes weights comes before what scales their products). A module that no token is sent to
     is not reached.
 
     Raises:
@@ -72,7 +75,8 @@ def visited(model: nn.Module, anatomy: Anatomy, visits: Iterable[tuple[Experts, 
     with ExitStack() as leaving:
         for module, (experts, side, visit) in zip(modules, wanted, strict=True):
             entry = (side, visit)
-            _VISITS.setdefault(module, []).append(entry)
+            others = _VISITS.setdefault(module, [])
+            others.insert(0 if first else len(others), entry)
             leaving.callback(_forget, module, entry)
             if experts.dispatched:
                 _take_over(module.config)
@@ -173,7 +177,8 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
     def mapped(name: str, value: Tensor) -> Tensor:
         bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-        return _grouped(value, getattr(module, name), ends, bias=bias, is_transposed=module.is_transposed)
+        product = _by_expert if value.dtype == torch.float64 else _grouped  # PyTorch's grouped one knows no float64
+        return product(value, getattr(module, name), ends, bias=bias, is_transposed=module.is_transposed)
 
     value = mapped("gate_up_proj" if module.has_gate else "up_proj", hidden_states[routing.row])
     sides = {side for side, _ in visits}
@@ -204,12 +209,7 @@ def _watch(module: nn.Module, experts: Experts) -> None:
         _WATCHED[module].users += 1
         return
 
-    def show(side: Side, numbers: Tensor, tokens: Tensor, value: Tensor, given: Tensor, whole: bool) -> Tensor:
-        every = torch.arange(experts.n_experts, device=numbers.device)
-        ends = torch.searchsorted(numbers, every, right=True)
-        return _visited(_VISITS[module], side, Routing(numbers, tokens, ends, given, whole), value)
-
-    products = Products(module, experts, show)
+    products = Products(module, experts, lambda side, routing, value: _visited(_VISITS[module], side, routing, value))
     _WATCHED[module] = _Watched(
         (
             module.register_forward_pre_hook(lambda _module, args: products.begin(args[0])),
