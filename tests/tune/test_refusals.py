@@ -73,9 +73,10 @@ def test_layers_may_be_skipped_and_left_alone(fresh: Callable[[], VLM]) -> None:
 
 def test_models(tmp_path: Path, tiny_vlm: VLM) -> None:
     experts = load(families.build("qwen3_vl_moe", tmp_path / "moe"))
-    found = refusal(lambda: tune(experts, neurons_of(tiny_vlm), examples_of(tiny_vlm), config=CONFIG))
-    assert found.what == "the decoder has no feed-forward neurons that could be tuned one by one"
-    assert "fused experts are kept as one tensor" in found.given
+    found = refusal(lambda: tune(experts, neurons_of(experts), examples_of(experts), mode="freeze", config=CONFIG))
+    assert found.what == "freeze does not work on fused experts"
+    assert found.given == "layers.0.mlp.experts.0:in"
+    assert "use lora, rows or plain" in found.do
     parts = tiny_vlm.anatomy
     down = parts.ffn[0]
     nameless = replace(parts, blocks=(Block(("wi",), down),), linears={"wi": 2 * parts.in_features[down]})

@@ -18,6 +18,8 @@ from safeglasses.ship.checkpoint import Change, Checkpoint
 from safeglasses.ship.naming import Conversion
 from safeglasses.ship.stored import Stored
 from safeglasses.tune.change import Change as Added
+from safeglasses.tune.routed import check_slices
+from safeglasses.tune.stack import Stack, stacked
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Scaling:
 
     steps: Steps
     """Axes and factors, in order."""
-    added: Added | None = None
+    added: Added | Stack | None = None
     """What a shield adds before anything is scaled."""
     transposed: bool = False
     """Whether the tensor keeps (in, out)."""
@@ -46,7 +48,7 @@ class Scaling:
         if self.added is None:
             return multiplied(block, tuple(steps))
         total = block.to(torch.float64, copy=True)
-        if self.transposed:
+        if self.transposed and isinstance(self.added, Added):
             total += self.added.delta().T[first : first + len(block)]
         else:
             self.added.add_to(total, first)
@@ -104,9 +106,11 @@ def plain_changes(
         SafeglassesError: a weight is quantised, shared, or made by a conversion that has no reverse.
     """
     check_fit(checkpoint.anatomy, factors)
-    sizes = {Site(path, "out"): change.out for path, change in added.items()}
-    sizes |= {Site(path, "in"): change.into for path, change in added.items()}
+    linear = {path: change for path, change in added.items() if change.part is None}
+    sizes = {Site(path, "out"): change.out for path, change in linear.items()}
+    sizes |= {Site(path, "in"): change.into for path, change in linear.items()}
     check_widths(checkpoint.anatomy, sizes, "the shield fits")
+    check_slices(checkpoint.anatomy, added)
     scalings = _scalings(checkpoint, changed(factors), added)
     changes: list[Change] = []
     done: set[str] = set()
@@ -141,7 +145,7 @@ def _scalings(checkpoint: Checkpoint, acting: Factors, added: Mapping[str, Added
     """Return what happens to each weight and bias, by name in memory."""
     found = {}
     linear = [site.path for site in in_order(acting) if checkpoint.anatomy.expert(site) is None]
-    for path in dict.fromkeys([*linear, *added]):
+    for path in dict.fromkeys([*linear, *(path for path, change in added.items() if change.part is None)]):
         out, into = acting.get(Site(path, "out")), acting.get(Site(path, "in"))
         linear = module(checkpoint.model, checkpoint.anatomy, path)
         name = checkpoint.anatomy.absolute_path(path)
@@ -149,7 +153,8 @@ def _scalings(checkpoint: Checkpoint, acting: Factors, added: Mapping[str, Added
         found[f"{name}.weight"] = Scaling(steps, added.get(path), isinstance(linear, Conv1D))
         if out is not None and "bias" in dict(linear.named_parameters(recurse=False)):
             found[f"{name}.bias"] = Scaling(((0, out),))
-    return found | {name: Scaling(steps) for name, steps in expert_steps(checkpoint.anatomy, acting).items()}
+    steps_of, stacks = expert_steps(checkpoint.anatomy, acting), stacked(checkpoint.anatomy, added)
+    return found | {name: Scaling(steps_of.get(name, ()), stacks.get(name)) for name in (*steps_of, *stacks)}
 
 
 def _regrouped(checkpoint: Checkpoint, conversion: Conversion, scalings: Mapping[str, Scaling]) -> list[Change]:

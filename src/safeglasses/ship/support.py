@@ -8,7 +8,7 @@ from torch import nn
 from safeglasses.errors import SafeglassesError
 from safeglasses.model import loading
 from safeglasses.model.anatomy import Anatomy
-from safeglasses.tune.targets import makers_of
+from safeglasses.tune.targets import check_tunable, makers_of
 
 Level = Literal["yes", "linear maps", "no"]
 ACTIONS = ("capture", "wear", "fold", "IA3", "LoRA", "shield")
@@ -63,20 +63,21 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
     found = [
         Support(action, "linear maps" if action in limits else "yes", limits.get(action, "")) for action in ACTIONS[:5]
     ]
-    return (*found, _shield(anatomy, experts is not None))
+    return (*found, _shield(anatomy))
 
 
-def _shield(anatomy: Anatomy, experts: bool) -> Support:
-    if experts:
+def _shield(anatomy: Anatomy) -> Support:
+    if any(site.expert is not None and not site.fused for site in anatomy.neurons):
         return Support(
-            "shield", "no", "which expert a token meets depends on the token: neurons of experts are not tuned"
+            "shield", "no", "experts that are modules of their own have no gradient in a step without a token for them"
         )
     try:
         for block in anatomy.blocks:
             makers_of(anatomy, block.down)
+        check_tunable(anatomy, anatomy.neurons)
     except SafeglassesError as error:
         return Support("shield", "no", error.what)
-    if not anatomy.blocks:
+    if not anatomy.neurons:
         return Support("shield", "no", anatomy.ffn_reason)
     return Support("shield", "yes")
 

@@ -1,10 +1,14 @@
-"""A trained change of one linear map, as small as it is: ΔW = scale · P_rows B A P_columns."""
+"""A trained change of a linear map, or of an expert's slice of a parameter: ΔW = scale · P_rows B A P_columns."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from safeglasses.model.sites import Site
+from safeglasses.tune.slices import Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,8 @@ class Change:
     """Columns that may change; None: all."""
     scale: float
     """What BA is multiplied by."""
+    part: Slice | None = None
+    """Which slice of a 3-D parameter W is; None: the weight of a module. Rows are always outputs, however it lies."""
 
     @property
     def touched(self) -> int:
@@ -40,7 +46,7 @@ class Change:
 
         b = None if self.b is None else self.b.to(device, dtype)
         a = self.a.to(device, dtype)
-        return Change(self.out, self.into, a, b, moved(self.rows), moved(self.columns), self.scale)
+        return Change(self.out, self.into, a, b, moved(self.rows), moved(self.columns), self.scale, self.part)
 
     def of(self, x: Float[Tensor, "*_ in"]) -> Float[Tensor, "*_ out"]:
         """Return ΔW x."""
@@ -92,3 +98,23 @@ class Change:
         if self.rows is not None:
             b = b.new_zeros(self.out, b.shape[1]).index_copy_(0, self.rows, b)
         return a, b
+
+
+def makers(changes: Mapping[str, Change], sites: Iterable[Site]) -> dict[Site, dict[str, Change]]:
+    """Return per site the changes of the maps, or slices of the expert, that make its neurons.
+
+    Args:
+        changes: by path.
+        sites: inputs of maps that write the residual stream, or of fused experts.
+    """
+    linear: dict[str, Change] = {}
+    experts: dict[str, dict[str, Change]] = {}
+    for path, change in changes.items():
+        where = linear if change.part is None else experts.setdefault(change.part.expert, {})
+        where[path] = change
+
+    def beside(site: Site) -> dict[str, Change]:
+        block = site.path.rpartition(".")[0] + "."
+        return {path: change for path, change in linear.items() if path.startswith(block) and path != site.path}
+
+    return {site: experts.get(site.path, {}) if site.fused else beside(site) for site in sites}

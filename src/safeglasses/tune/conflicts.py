@@ -11,6 +11,7 @@ from safeglasses.defend.factors import changed
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import WrongBase
 from safeglasses.model.sites import Site
+from safeglasses.tune.change import makers
 from safeglasses.tune.shield import Shield
 
 LISTED = 10
@@ -20,8 +21,8 @@ LISTED = 10
 class Claims:
     """Neurons that both a shield and glasses act on.
 
-    A neuron is one coordinate of the feed-forward block; glasses act on it where they scale the input of *down*, or
-    the output of a map that the shield changed.
+    A neuron is one coordinate of the feed-forward block, of one expert where these are fused; glasses act on it where
+    they scale the input of *down*, or the output of a map that the shield changed (there: the expert's gate or up).
     """
 
     tuned: int
@@ -75,10 +76,13 @@ def claims(shield: Shield, glasses: Glasses) -> Claims:
     tuned = scaled = silenced = 0
     by_layer: Counter[int] = Counter()
     met: list[tuple[float, str]] = []
+    made_by = makers(shield.changes, shield.neurons.masks)
     for site, mask in shield.neurons.masks.items():
+        outputs = (Site(path, "out") for path in made_by[site])
+        beside = (Site(site.path, "gate"), Site(site.path, "up")) if site.fused else outputs
         mine = ~mask if shield.mode == "freeze" else torch.ones_like(mask) if shield.mode == "plain" else mask
         factors = torch.ones(len(mask))
-        for other in (site, *(Site(path, "out") for path in _makers(shield, site))):
+        for other in (site, *beside):
             if other in acting and len(acting[other]) % len(factors) == 0:
                 factors = factors * acting[other].reshape(-1, len(factors)).prod(dim=0)  # gate and up may be one map
         both = mine & (factors != 1)
@@ -96,8 +100,3 @@ def claims(shield: Shield, glasses: Glasses) -> Claims:
         by_layer=dict(sorted(by_layer.items())),
         lowest=tuple((name, factor) for factor, name in met[:LISTED]),
     )
-
-
-def _makers(shield: Shield, site: Site) -> list[str]:
-    block = site.path.rpartition(".")[0] + "."
-    return [path for path in shield.changes if path.startswith(block) and path != site.path]

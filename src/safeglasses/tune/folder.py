@@ -11,34 +11,29 @@ rows is no shield.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from safeglasses.defend.adapters import CONFIG, TENSORS, check_names
+from safeglasses.defend.adapters import TENSORS
 from safeglasses.defend.factors import in_order
 from safeglasses.defend.home import Home
-from safeglasses.defend.strict import read_object
 from safeglasses.defend.table import NEURONS, read_neurons, write_neurons
-from safeglasses.errors import PartialMatch, SafeglassesError
-from safeglasses.files import atomic_folder, atomic_write_bytes, sha256_file, write_json
+from safeglasses.errors import SafeglassesError
+from safeglasses.files import atomic_folder, sha256_file
 from safeglasses.find.selection import Selection
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
-from safeglasses.tune.change import Change
+from safeglasses.tune.adapter import check_unambiguous, fused_in, read_changes, tampered, write_adapter
+from safeglasses.tune.change import Change, makers
 from safeglasses.tune.config import Mode
 from safeglasses.tune.counting import Counts
-from safeglasses.tune.record import HASHED, RECORD, Record, damaged, read_record, write_record
-from safeglasses.tune.targets import rows_of
+from safeglasses.tune.record import HASHED, RECORD, Layout, read_record, write_record
 
-_PREFIX = "base_model.model."
-_MAY_MOVE = ("base_model_name_or_path", "revision")
 _CHANGE = "change"
 
 
@@ -71,13 +66,11 @@ def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite
         SafeglassesError: the folder exists, or PEFT would match other modules too.
     """
     home, changes = contents.home, contents.changes
-    places = {Site(path, "out"): torch.ones(1) for path in changes}
-    check_names(vlm.model if vlm is not None else None, places, home)
+    check_unambiguous(None if vlm is None else vlm.model, changes, home)
     rank = max(len(change.a) for change in changes.values())
     scale = next(iter(changes.values())).scale
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        write_json(temporary / CONFIG, _config(list(changes), rank, scale, home))
-        atomic_write_bytes(temporary / TENSORS, save(_tensors(changes, rank, home), metadata={"format": "pt"}))
+        write_adapter(temporary, changes, rank, scale, home)
         masks = contents.neurons.masks
         n_neurons = write_neurons(temporary / NEURONS, masks, {_CHANGE: moved(contents.neurons, changes)})
         write_record(
@@ -88,6 +81,7 @@ def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite
                 "widths": {str(site): len(masks[site]) for site in in_order(masks)},
                 "n_neurons": n_neurons,
                 "modules": {path: [change.out, change.into] for path, change in changes.items()},
+                **_layouts(changes),
                 "rank": rank,
                 "scale": scale,
                 "counts": contents.counts.record(),
@@ -101,17 +95,16 @@ def write_folder(folder: Path, contents: Contents, vlm: VLM | None, *, overwrite
 
 def moved(neurons: Selection, changes: Mapping[str, Change]) -> dict[Site, Float[Tensor, " _neuron"]]:
     """Return by how much the rows that make each neuron changed: the norm over all maps that make it."""
-    found = {}
+    found, made_by = {}, makers(changes, neurons.masks)
     for site, mask in neurons.masks.items():
-        block = site.path.rpartition(".")[0] + "."
         squares = torch.zeros(len(mask), dtype=torch.float64)
-        for path, change in changes.items():
-            if path.startswith(block) and path != site.path and change.out in (len(mask), 2 * len(mask)):
-                a = change.a.double() * change.scale
-                rows = a if change.b is None else change.b.double()
-                norms = (rows * rows if change.b is None else rows @ (a @ a.T) * rows).sum(dim=1)
-                index = torch.arange(change.out) if change.rows is None else change.rows
-                squares.index_add_(0, index % len(mask), norms)  # gate and up may be one map
+        for change in (change for change in made_by[site].values() if change.out in (len(mask), 2 * len(mask))):
+            a = change.a.double() * change.scale
+            rows = a if change.b is None else change.b.double()
+            norms = (rows * rows if change.b is None else rows @ (a @ a.T) * rows).sum(dim=1)
+            index = torch.arange(change.out) if change.rows is None else change.rows
+            neuron = index % len(mask) if change.part is None else change.part.neuron(index, len(mask))[1]
+            squares.index_add_(0, neuron, norms)  # gate and up may be one map
         found[site] = squares.clamp(min=0).sqrt().float()
     return found
 
@@ -128,14 +121,9 @@ def read_folder(folder: Path) -> Contents:
     try:
         for name, what in ((NEURONS, "the table of neurons"), (TENSORS, "the adapter")):
             if sha256_file(folder / name) != stored.files[name]:
-                raise _tampered(f"{what} was changed after saving", folder / name, f"the SHA-256 in {RECORD}")
-        _check_config(folder, record)
+                raise tampered(f"{what} was changed after saving", folder / name, f"the SHA-256 in {RECORD}")
         masks, _ = read_neurons(folder / NEURONS, record.widths, n_rows=stored.n_neurons, first=_CHANGE)
-        changes = {
-            path: _read_change(folder, record, masks, path, shape[0], shape[1])
-            for path, shape in stored.modules.items()
-        }
-        _check_keys(folder, record)
+        changes = read_changes(folder, record, masks)
     except OSError as error:
         raise SafeglassesError("could not read a shield", given=f"{folder} ({error.strerror or error})") from error
     return Contents(
@@ -150,102 +138,8 @@ def read_folder(folder: Path) -> Contents:
     )
 
 
-def _tensors(changes: Mapping[str, Change], rank: int, home: Home) -> dict[str, Tensor]:
-    found = {}
-    for path, change in changes.items():
-        a, b = change.full()
-        more = rank - len(a)
-        key = f"{_PREFIX}{home.absolute(path)}"
-        found[f"{key}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).contiguous()
-        found[f"{key}.lora_B.weight"] = nn.functional.pad(b, (0, more)).contiguous()
-    return dict(sorted(found.items()))
-
-
-def _config(paths: list[str], rank: int, scale: float, home: Home) -> dict[str, Any]:
-    alpha = scale * rank
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": home.source,
-        "revision": home.revision,
-        "target_modules": [home.absolute(path) for path in paths],
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": home.conv1d,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "exclude_modules": None,
-        "auto_mapping": None,
-    }
-
-
-def _check_config(folder: Path, record: Record) -> None:
-    stored = record.stored
-    given = read_object(folder / CONFIG)
-    wanted = _config(list(stored.modules), stored.rank, stored.scale, record.home)
-    for name in sorted(given.keys() | wanted.keys()):
-        if name in _MAY_MOVE and isinstance(given.get(name), str | None):
-            continue
-        if name not in given or name not in wanted or given[name] != wanted[name]:
-            raise _tampered(
-                "the adapter is not what the record says", folder / CONFIG, f"{name[:80]} as it was written"
-            )
-
-
-def _read_change(folder: Path, record: Record, masks: Mapping[Site, Tensor], path: str, out: int, into: int) -> Change:
-    stored = record.stored
-    site = next((s for s in masks if path == s.path or path.startswith(s.path.rpartition(".")[0] + ".")), None)
-    if site is None:
-        raise damaged(folder / RECORD, f"{path} is in no layer with a selected neuron")
-    chosen = masks[site]
-    reads = path == site.path
-    if (into if reads else out) not in ((len(chosen),) if reads else (len(chosen), 2 * len(chosen))):
-        raise damaged(folder / RECORD, f"{path} of {out} × {into} for {len(chosen)} neurons")
-    inside = {"plain": None, "freeze": (~chosen).nonzero().flatten()}.get(stored.mode, chosen.nonzero().flatten())
-    rows = None if inside is None or reads else rows_of(inside, len(chosen), out)
-    columns = inside if reads else None
-    key = f"{_PREFIX}{record.home.absolute(path)}"
-    try:
-        with safe_open(folder / TENSORS, framework="pt") as tensors:
-            a, b = tensors.get_tensor(f"{key}.lora_A.weight"), tensors.get_tensor(f"{key}.lora_B.weight")
-    except (SafetensorError, ValueError) as error:
-        raise _tampered("the adapter lacks a tensor", folder / TENSORS, str(error)[:200]) from error
-    shapes = (tuple(a.shape), tuple(b.shape))
-    if shapes != ((stored.rank, into), (out, stored.rank)) or a.dtype != b.dtype:
-        raise _tampered("a tensor of the adapter has another shape", folder / TENSORS, f"{key}: {shapes}")
-    full = Change(out, into, a, b, None, None, stored.scale)
-    found = _confined(full, rows, columns, one_hot=stored.mode == "rows")
-    again = found.full()
-    if any(bool(x[len(y) :].any()) for x, y in ((a, again[0]), (b.T, again[1].T))) or not (
-        torch.equal(a[: len(again[0])], again[0]) and torch.equal(b[:, : again[1].shape[1]], again[1])
-    ):
-        raise _tampered("the adapter changes what is not selected", folder / TENSORS, f"zeros outside, in {key}")
-    return found
-
-
-def _confined(full: Change, rows: Tensor | None, columns: Tensor | None, *, one_hot: bool) -> Change:
-    a = full.a if columns is None else full.a[:, columns]
-    if one_hot and rows is not None:
-        return Change(full.out, full.into, a[: len(rows)].clone(), None, rows, columns, full.scale)
-    if full.b is None:
-        raise TypeError("B is there")
-    b = full.b if rows is None else full.b[rows]
-    return Change(full.out, full.into, a.clone(), b.clone(), rows, columns, full.scale)
-
-
-def _check_keys(folder: Path, record: Record) -> None:
-    with safe_open(folder / TENSORS, framework="pt") as tensors:
-        found = set(tensors.keys())
-    names = [f"{_PREFIX}{record.home.absolute(path)}" for path in record.stored.modules]
-    wanted = {f"{name}.{part}.weight" for name in names for part in ("lora_A", "lora_B")}
-    if found != wanted:
-        raise _tampered("the adapter has other tensors", folder / TENSORS, f"{len(wanted)} tensors, not {len(found)}")
-
-
-def _tampered(what: str, path: Path, expected: str) -> PartialMatch:
-    return PartialMatch(what, given=str(path), expected=expected, do="restore the folder, or tune again")
+def _layouts(changes: Mapping[str, Change]) -> dict[str, dict[str, Any]]:
+    """Return how the parameters of fused experts lie, as the record has it; no entry where there are none."""
+    names = [entry.name for entry in fields(Layout)]
+    parts = {path: next(iter(some.values())).part for path, some in fused_in(changes).items()}
+    return {"experts": {p: {name: getattr(part, name) for name in names} for p, part in parts.items()}} if parts else {}

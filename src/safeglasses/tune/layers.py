@@ -4,6 +4,7 @@ PEFT makes its layers as always; then A and B are replaced by smaller ones. Its 
 dropout, scaling, casting and everything that is built on PEFT stay as they are.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy
 from safeglasses.model.weights import whole
 from safeglasses.tune.change import Change
@@ -72,6 +74,32 @@ def peft_config(anatomy: Anatomy, targets: Sequence[Target], config: TuneConfig,
         fan_in_fan_out=transposed,
         init_lora_weights=True,
     )
+
+
+def check_names_kept(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Refuse a model of whose linear maps PEFT takes some for experts as transformers 4 had them.
+
+    PEFT then trains, and loads, a LoRA of all fused experts instead (GLM-4.5V's shared experts).
+    Source: PEFT 0.21, ``_convert_peft_config_moe`` in ``utils/transformers_weight_conversion.py``.
+
+    Raises:
+        SafeglassesError: naming a map.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a version before it converted anything
+        return
+    other = copy.deepcopy(config)
+    convert_peft_config_for_transformers(other, model=model, conversions=None)
+    lost = sorted(set(config.target_modules or ()) - set(other.target_modules or ()))
+    if lost:
+        raise SafeglassesError(
+            "PEFT takes linear maps of this model for experts, by their names",
+            given=f"{lost[0]} of {model.config.model_type}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""),
+            expected="neurons of fused experts alone: PEFT would apply the change of these maps to all experts",
+            do="tune Selection({site: mask for site, mask in neurons.masks.items() if site.fused}); neurons of linear "
+            "maps can be scaled by glasses",
+        )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from safeglasses.files import write_json
 from safeglasses.model.sites import Site
 from safeglasses.tune.config import MODES, Mode
 from safeglasses.tune.counting import Counts
+from safeglasses.tune.slices import Slice
 
 RECORD = "shield.json"
 SCHEMA = 1
@@ -26,6 +27,21 @@ HASHED = (CONFIG, TENSORS, NEURONS)
 _WIDEST = 2**24
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 _RESTORE = "restore the folder, or tune again"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one 3-D parameter of fused experts lies."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
+    n_experts: int
+    """How many experts it holds."""
+    transposed: bool
+    """Whether it is kept ``[expert, in, out]``."""
+    said: bool
+    """Whether the module tells PEFT the order of its axes."""
+    interleaved: bool
+    """Whether rows of gate and up alternate."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,9 @@ class Stored:
     """SHA-256 of the other files."""
     sha256: str
     """SHA-256 of the other entries."""
+    experts: dict[str, Layout] = field(default_factory=dict)
+    """How the changed 3-D parameters of fused experts lie, by path relative to the decoder; their modules are
+    ``EXPERT.PARAMETER``."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,15 @@ class Record:
     """How much it moves."""
     widths: Mapping[Site, int]
     """Neurons of every site of the selection."""
+
+    def part(self, path: str) -> Slice | None:
+        """Return which slice of a 3-D parameter a changed map is; None for linear maps."""
+        expert, _, leaf = path.rpartition(".")
+        home, _, number = expert.rpartition(".")
+        layout = self.stored.experts.get(f"{home}.{leaf}")
+        if layout is None or not number.isdecimal() or int(number) >= layout.n_experts:
+            return None
+        return Slice(f"{home}.{leaf}", int(number), **asdict(layout))
 
 
 _STORED, _HOME = TypeAdapter(Stored), TypeAdapter(Home)
@@ -155,6 +183,7 @@ def _check(path: Path, stored: Stored, home: Home) -> dict[Site, int]:
         "mode": stored.mode in MODES,
         "widths": bool(stored.widths),
         "modules": bool(stored.modules) and all(_PATH.fullmatch(name) for name in stored.modules),
+        "experts": all(_PATH.fullmatch(name) and 2 <= one.n_experts <= _WIDEST for name, one in stored.experts.items()),
         "a size": all(1 <= size <= _WIDEST for size in sizes),
         "rank": 1 <= stored.rank <= max(sizes, default=0),
         "scale": stored.scale > 0,

@@ -22,6 +22,8 @@ from safeglasses.tune.change import Change
 from safeglasses.tune.config import Mode
 from safeglasses.tune.counting import Counts
 from safeglasses.tune.folder import Contents, read_folder, write_folder
+from safeglasses.tune.routed import check_slices, experts_worn
+from safeglasses.tune.stack import stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,8 @@ class Shield:
     mode: Mode
     """How it was tuned."""
     changes: Mapping[str, Change]
-    """What changed, by module relative to the decoder."""
+    """What changed, by module relative to the decoder; in fused experts by expert and parameter,
+    ``layers.3.mlp.experts.17.gate_up_proj``."""
     neurons: Selection
     """The neurons that were tuned; in ``freeze`` those that were not."""
     base_fingerprint: str
@@ -81,9 +84,11 @@ class Shield:
         Raises:
             PartialMatch: naming them.
         """
-        widths = {Site(path, "out"): change.out for path, change in self.changes.items()}
-        widths |= {Site(path, "in"): change.into for path, change in self.changes.items()}
+        linear = {path: change for path, change in self.changes.items() if change.part is None}
+        widths = {Site(path, "out"): change.out for path, change in linear.items()}
+        widths |= {Site(path, "in"): change.into for path, change in linear.items()}
         check_widths(parts, widths, "the shield fits")
+        check_slices(parts, self.changes)
 
     @contextmanager
     def worn(self, target: VLM | nn.Module) -> Iterator[None]:
@@ -103,9 +108,11 @@ class Shield:
             check_base(target, self.base_fingerprint, self.home, "shield")
         self.check_fit(parts)
         with ExitStack() as hooks:
+            hooks.enter_context(experts_worn(model, parts, self.changes))
             for path, change in self.changes.items():
-                handle = module(model, parts, path).register_forward_hook(_adder(change), prepend=True)
-                hooks.callback(handle.remove)
+                if change.part is None:
+                    handle = module(model, parts, path).register_forward_hook(_adder(change), prepend=True)
+                    hooks.callback(handle.remove)
             yield
 
     def fold(self, vlm: VLM) -> None:
@@ -119,9 +126,16 @@ class Shield:
             SafeglassesError: a weight is quantised, shared, or not loaded. The model is as it was then.
         """
         fitted = self.fitted(vlm)
-        check_foldable(vlm.model, vlm.anatomy, list(self.changes))
+        linear = {path: change for path, change in self.changes.items() if change.part is None}
+        fused = stacked(vlm.anatomy, self.changes)
+        check_foldable(vlm.model, vlm.anatomy, list(linear), list(fused))
         with torch.no_grad():
-            for path, change in self.changes.items():
+            for name, stack in fused.items():
+                parameter = vlm.model.get_parameter(name)
+                total = parameter.to(torch.float64, copy=True)
+                stack.add_to(total, 0)
+                parameter.copy_(total.to(parameter.dtype))
+            for path, change in linear.items():
                 linear = module(vlm.model, vlm.anatomy, path)
                 linear.get_parameter("weight").copy_(added(linear, change))
         setattr(vlm.model.config, FOLDED, [*(getattr(vlm.model.config, FOLDED, None) or ()), fitted.folded_record()])

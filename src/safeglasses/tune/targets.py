@@ -2,7 +2,7 @@
 
 A neuron is a coordinate of h in y = W_down h, h = act(W_gate x) ∘ W_up x: its rows of *gate* and *up* make it, its
 column of *down* says what it writes. Without a gate, one map makes it (fc1); where gate and up are one map, it
-has a row in either half.
+has a row in either half. The same holds in every one of fused experts, whose maps are slices of 3-D parameters.
 
 | mode | rows of gate and up | columns of down |
 |---|---|---|
@@ -13,6 +13,7 @@ has a row in either half.
 Source: Precise Shield (arXiv 2604.08881), section on tuning; SafeNeuron (arXiv 2602.12158) for ``freeze``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +26,10 @@ from safeglasses.defend.home import check_widths, quantisation
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.selection import Selection
 from safeglasses.model.anatomy import Anatomy
+from safeglasses.model.routing import check_reachable
 from safeglasses.model.sites import Site
 from safeglasses.tune.config import Mode, TuneConfig
+from safeglasses.tune.slices import Slice, slices_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,8 @@ class Target:
     """Rank of the change."""
     one_hot: bool
     """Whether B is the one-hot of `rows` and is not trained (``rows``)."""
+    part: Slice | None = None
+    """Which slice of a 3-D parameter W is, in one of fused experts; None: the weight of a module."""
 
     @property
     def n_rows(self) -> int:
@@ -79,6 +84,8 @@ def targets_of(anatomy: Anatomy, text_config: Any, neurons: Selection, mode: Mod
         SafeglassesError: the model or the selection does not allow it.
     """
     sites = _checked_sites(anatomy, text_config, neurons, config)
+    if mode == "freeze":
+        _refuse_freezing_experts(sites)
     found: list[Target] = []
     for site in sites:
         chosen = neurons.masks[site].cpu()
@@ -87,9 +94,15 @@ def targets_of(anatomy: Anatomy, text_config: Any, neurons: Selection, mode: Mod
             raise SafeglassesError(
                 "freezing every neuron of a layer leaves nothing to train", given=f"all {len(picked)} of {site}"
             )
+        index = {"plain": None, "freeze": others}.get(mode, picked)
+        if site.fused:
+            for part, out, into in slices_of(anatomy, site):
+                rows = None if index is None else part.rows(index, len(chosen))
+                rank = config.rank if mode != "rows" or rows is None else len(rows)
+                found.append(Target(part.path, out, into, rows, None, rank, mode == "rows", part))
+            continue
         for path in makers_of(anatomy, site.path):
             out, into = anatomy.linears[path], anatomy.in_features[path]
-            index = {"plain": None, "freeze": others}.get(mode, picked)
             rows = None if index is None else rows_of(index, len(chosen), out)
             rank = config.rank if mode != "rows" or rows is None else len(rows)
             found.append(Target(path, out, into, rows, None, rank, mode == "rows"))
@@ -152,29 +165,30 @@ def check_plain(config: Any) -> None:
 
 
 def _checked_sites(anatomy: Anatomy, text_config: Any, neurons: Selection, config: TuneConfig) -> list[Site]:
-    if not anatomy.ffn:
+    if not anatomy.neurons:
         raise SafeglassesError(
             "the decoder has no feed-forward neurons that could be tuned one by one",
             given=anatomy.ffn_reason,
             expected="one linear map per layer, outside attention, that writes the residual stream",
-            do="use a dense model; mixtures of experts are not supported",
+            do="use another model",
         )
     sites = in_order(neurons.masks)
-    expert = next((site for site in sites if site.expert is not None), None)
-    if expert is not None:
+    expert = next((site for site in sites if site.expert is not None and anatomy.expert(site) is None), None)
+    if expert is not None and expert.path in anatomy.linears:
         raise SafeglassesError(
-            "neurons of experts cannot be tuned",
+            "neurons of experts that are modules of their own cannot be tuned",
             given=str(expert),
-            expected="neurons that every token passes",
-            do="leave these sites out: which expert a token meets depends on the token, and fused experts have no "
-            "rows that an adapter could train",
+            expected="neurons that every token passes, or those of fused experts",
+            do="leave these sites out: such an expert has no gradient in a step without a token for it",
         )
-    other = [site for site in sites if site.side != "in" or site.path not in anatomy.ffn]
+    check_tunable(anatomy, sites)
+    known = set(anatomy.neurons)
+    other = [site for site in sites if site.side != "in" or (site not in known and site.path in anatomy.linears)]
     if other:
         raise SafeglassesError(
             "only feed-forward neurons can be tuned",
             given=f"{other[0]}" + (f" and {len(other) - 1} more" if len(other) > 1 else ""),
-            expected=f"inputs of the maps that write to the residual stream, such as {anatomy.ffn[0]}:in",
+            expected=f"inputs of the maps that write to the residual stream, such as {anatomy.neurons[0]}",
             do='find neurons at vlm.anatomy.sites("neurons")',
         )
     check_widths(anatomy, {site: len(neurons.masks[site]) for site in sites}, "the selection fits")
@@ -187,15 +201,48 @@ def _checked_sites(anatomy: Anatomy, text_config: Any, neurons: Selection, confi
             expected="at least one neuron",
             do="select a larger share of the neurons",
         )
-    if empty and config.empty_layers == "refuse":
-        layers = ", ".join(str(site.layer) for site in empty[:8]) + (" …" if len(empty) > 8 else "")
+    blocks = {site: site.path.rpartition(".")[0] if site.fused else site.path for site in sites}
+    filled = {block for site, block in blocks.items() if site not in empty}  # one expert is enough for its layer
+    bare = list({block: site.layer for site, block in blocks.items() if block not in filled}.values())
+    if bare and config.empty_layers == "refuse":
+        layers = ", ".join(str(layer) for layer in bare[:8]) + (" …" if len(bare) > 8 else "")
         raise SafeglassesError(
             "the selection has no neuron in some layers",
-            given=f"none in {len(empty)} of {len(sites)} layers: {layers}",
+            given=f"none in {len(bare)} of {len(set(blocks.values()))} layers: {layers}",
             expected="at least one neuron at every site of the selection",
             do="select a larger share, leave these sites out, or accept it: TuneConfig(empty_layers='skip')",
         )
     return [site for site in sites if site not in empty]
+
+
+def check_tunable(anatomy: Anatomy, sites: Iterable[Site]) -> None:
+    """Refuse fused experts whose rows cannot be trained, or whose change no adapter could hold.
+
+    Raises:
+        SafeglassesError: they cannot be entered, or there is one alone, which PEFT takes for a linear map.
+    """
+    sites = tuple(sites)
+    check_reachable(anatomy, sites)
+    for site in sites:
+        found = anatomy.expert(site)
+        if found is not None and found[0].n_experts == 1:
+            raise SafeglassesError(
+                "a single fused expert cannot be tuned: PEFT reads its 3-D parameters as those of a linear map",
+                given=str(site),
+                expected="at least two experts",
+                do="leave the site out",
+            )
+
+
+def _refuse_freezing_experts(sites: list[Site]) -> None:
+    fused = next((site for site in sites if site.fused), None)
+    if fused is not None:
+        raise SafeglassesError(
+            "freeze does not work on fused experts",
+            given=str(fused),
+            expected="neurons that every token passes: what is to carry safety instead must be met by the same tokens",
+            do="leave the sites of experts out, or use lora, rows or plain",
+        )
 
 
 def _refuse_cross_attention(text_config: Any, sites: list[Site]) -> None:

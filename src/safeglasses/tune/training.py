@@ -33,7 +33,17 @@ from safeglasses.progress import Progress, Quiet
 from safeglasses.tune.config import MODES, Mode, TuneConfig
 from safeglasses.tune.counting import counts_of
 from safeglasses.tune.encoding import answers, preferences
-from safeglasses.tune.layers import aliases_quiet, changes_of, confine, layer_of, peft_config, restored, trainable
+from safeglasses.tune.layers import (
+    aliases_quiet,
+    changes_of,
+    check_names_kept,
+    confine,
+    layer_of,
+    peft_config,
+    restored,
+    trainable,
+)
+from safeglasses.tune.routed import ExpertRows, experts_trained
 from safeglasses.tune.shield import Shield, digest_of
 from safeglasses.tune.targets import Target, check_plain, targets_of
 from safeglasses.tune.trainer import (
@@ -90,6 +100,9 @@ def tune(
         raise SafeglassesError("no such way to tune", given=repr(mode), expected=", ".join(MODES))
     check_plain(vlm.model.config)
     targets = targets_of(vlm.anatomy, vlm.model.config.get_text_config(decoder=True), neurons, mode, config)
+    linear = [target for target in targets if target.part is None]
+    if linear:
+        check_names_kept(vlm.model, peft_config(vlm.anatomy, linear, config, transposed=_is_transposed(vlm, linear)))
     fingerprint = vlm.fingerprint()
     check_unfolded(vlm.model.config, vlm.source, fingerprint, None)
     inputs = _inputs(fingerprint, neurons, examples, mode, config)
@@ -99,10 +112,17 @@ def tune(
     with show.stage("check the base"):
         before = checksums(vlm.model)
     with random_states_kept(), restored(vlm.model), aliases_quiet():
-        make = (_by_preference if mode == "freeze" else _by_answers)(vlm, targets, examples, config, folder)
-        with show.stage("tune, steps") as advance:
-            peft, losses = run(make, folder, advance)
-        changes = changes_of(peft, vlm.anatomy, targets)
+        torch.manual_seed(config.seed)
+        with experts_trained(vlm.model, vlm.anatomy, targets, config.scale) as fused:
+            make = (
+                _by_preference(vlm, linear, examples, config, folder)
+                if mode == "freeze"
+                else _by_answers(vlm, linear, fused, examples, config, folder)
+            )
+            with show.stage("tune, steps") as advance:
+                peft, losses = run(make, folder, advance)
+            changes = changes_of(peft, vlm.anatomy, linear)
+            changes |= {path: change for rows in fused.values() for path, change in rows.changes().items()}
     with show.stage("check the base"):
         refuse_leaks(before, vlm.model)
     shield = Shield(
@@ -125,16 +145,25 @@ def tune(
 
 
 def _by_answers(
-    vlm: VLM, targets: Sequence[Target], examples: Sequence[Example], config: TuneConfig, folder: Path
+    vlm: VLM,
+    targets: Sequence[Target],
+    fused: Mapping[str, ExpertRows],
+    examples: Sequence[Example],
+    config: TuneConfig,
+    folder: Path,
 ) -> Make:
     groups = answers(vlm, examples, config.micro_batch, config.seed)
     given = arguments(config, folder, len(groups), on_cpu=vlm.device.type == "cpu", kind=TrainingArguments)
-    lora = peft_config(vlm.anatomy, targets, config, transposed=_is_transposed(vlm, targets))
 
     def make(callbacks: list[TrainerCallback]) -> Trainer:
         torch.manual_seed(config.seed)
-        peft: Any = get_peft_model(vlm.model, lora)
-        confine(peft, vlm.anatomy, targets)
+        peft: Any = vlm.model.requires_grad_(False)
+        if targets:
+            lora = peft_config(vlm.anatomy, targets, config, transposed=_is_transposed(vlm, targets))
+            peft = get_peft_model(vlm.model, lora)
+            confine(peft, vlm.anatomy, targets)
+        for rows in fused.values():
+            rows.requires_grad_(True)
         return AnswerTrainer(
             model=peft,
             args=given,
@@ -142,7 +171,7 @@ def _by_answers(
             train_dataset=groups,
             callbacks=callbacks,
             keeps_logits="logits_to_keep" in vlm.encoder.accepted,
-            decay=_rows_of(vlm, peft, targets) if targets[0].one_hot and config.weight_decay else {},
+            decay=_rows_of(vlm, peft, targets, fused) if config.weight_decay else {},
         )
 
     return make
@@ -181,11 +210,15 @@ def _by_preference(
     return make
 
 
-def _rows_of(vlm: VLM, peft: Any, targets: Sequence[Target]) -> Mapping[str, Tensor]:
-    """Return W₀'s rows by the names of the parameters that are their changes."""
+def _rows_of(vlm: VLM, peft: Any, targets: Sequence[Target], fused: Mapping[str, ExpertRows]) -> Mapping[str, Tensor]:
+    """Return W₀'s rows by the names of the parameters that are their changes (``rows``); none in other modes."""
     names = {id(parameter): name for name, parameter in trainable(peft).items()}
     found = {}
-    for target in targets:
+    for path, rows in fused.items():
+        if rows.targets[0].one_hot:
+            base = vlm.model.get_parameter(vlm.anatomy.absolute_path(path)).detach()
+            found[names[id(rows.a)]] = rows.rows_in(base).to(rows.a.dtype)
+    for target in (target for target in targets if target.one_hot):
         layer = layer_of(peft, vlm.anatomy, target)
         base = layer.get_base_layer().weight.detach()
         base = base.T if isinstance(layer.get_base_layer(), Conv1D) else base
