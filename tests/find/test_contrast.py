@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import families
 from safeglasses.data.examples import Example, Examples
 from safeglasses.data.probes import Cell, Probe, probe_of
 from safeglasses.errors import BadRow, SafeglassesError, WrongBase
-from safeglasses.find.contrast import FILE, Contrast, every_layer
+from safeglasses.find.contrast import FILE, Contrast
 from safeglasses.find.contrasting import Tokens, feed_forward_sites, measure_contrast, pools_of
 from safeglasses.find.engine import Setup
 from safeglasses.find.rules import RULES, Rule
-from safeglasses.find.selection import Selection
 from safeglasses.find.steadiness import Draws
 from safeglasses.find.world import World
+from safeglasses.model.experts import Experts
+from safeglasses.model.routes import Routing
+from safeglasses.model.routing import visited
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM, load
 
@@ -337,23 +340,6 @@ def test_files_that_are_none(contrast: Contrast, tmp_path: Path, tiny_vlm: VLM) 
     )
 
 
-def test_a_set_that_selects_nothing_in_some_layers_is_refused() -> None:
-    sites = [Site(f"layers.{i}.mlp.down_proj", "in") for i in range(3)]
-    masks = {site: torch.tensor([i == 1, False]) for i, site in enumerate(sites)}
-    with pytest.raises(SafeglassesError) as caught:
-        every_layer(Selection(masks), "the shared set of sw")
-    assert str(caught.value) == (
-        "the shared set of sw selects nothing in some layers\n"
-        "  given:    no neuron in layers 0, 2 of 3\n"
-        "  expected: at least one neuron in every layer\n"
-        "  do:       take a larger share of neurons, more languages or the union instead of what they have in common, "
-        "or look at other tokens"
-    )
-    with pytest.raises(SafeglassesError, match="the set selects nothing in any layer"):
-        every_layer(Selection({site: mask & False for site, mask in masks.items()}), "the set")
-    every_layer(Selection({sites[1]: masks[sites[1]]}), "the set")
-
-
 def test_layers_that_only_cross_attend_are_left_out(tmp_path: Path, probe: Probe) -> None:
     vlm = load(families.build("mllama", tmp_path / "mllama"))
     crossing = vlm.anatomy.cross_attention_layers
@@ -369,16 +355,61 @@ def test_layers_that_only_cross_attend_are_left_out(tmp_path: Path, probe: Probe
         measure_contrast(vlm, replace(ours, examples=text), rules=ALL[:1], sites=vlm.anatomy.sites("neurons"))
 
 
-def test_experts_are_refused(tmp_path: Path, probe: Probe) -> None:
+def test_fused_experts_are_looked_at_one_by_one(
+    tmp_path: Path, probe: Probe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means over the prompts that the router sent there; an expert that too few prompts met has no safety neuron."""
+    monkeypatch.setattr("safeglasses.find.contrasting.MET", 3)  # of five prompts
+    monkeypatch.setattr("safeglasses.find.contrast.FEWEST", 3)
     vlm = load(families.build("qwen3_vl_moe", tmp_path / "moe"))
-    with pytest.raises(SafeglassesError) as caught:
-        measure_contrast(vlm, probe)
-    assert caught.value.what == "the decoder has no feed-forward neurons to find safety neurons among"
-    assert caught.value.given == "experts, such as layers.0.mlp.experts.0:in"
-    assert caught.value.do == (
-        "take a dense model: which expert a token meets depends on the token, and experts fused into one tensor have "
-        "no rows that an adapter could train"
-    )
+    ours = probe.only([EN])
+    rule = Rule("one-anchor", share=0.25, mean="absolute")
+    found = measure_contrast(vlm, ours, rules=[rule], resamples=2)
+    assert Contrast.load(found.save(tmp_path / "contrast.safetensors")).met == found.met
+    prompts = [replace(example, response=None) for example in ours.examples]
+    seen: dict[Site, dict[int, Tensor]] = {site: {} for site in vlm.anatomy.sites("neurons")}
+    for number, example in enumerate(prompts):
+        batch = vlm.encode([example.chat()])
+        last = int(batch.prompt_mask[0].nonzero()[-1])
+        visits: list[Any] = [
+            (experts, "in", partial(_keep_last, seen, experts, number, last))
+            for experts in vlm.anatomy.experts.values()
+        ]
+        with torch.no_grad(), visited(vlm.model, vlm.anatomy, visits):
+            vlm.forward(batch)
+    few = rated = 0
+    for row, cell in enumerate(found.cells):
+        chosen = found.neurons(cell)
+        for site, by_prompt in seen.items():
+            groups = [[by_prompt[i] for i in group[cell] if i in by_prompt] for group in (ours.harmful, ours.benign)]
+            assert found.met[site][row] == tuple(map(len, groups))
+            if min(map(len, groups)) < 3:
+                assert not chosen.masks[site].any()
+                few += 1
+                continue
+            means = [torch.stack(group).double().abs().mean(dim=0) * found.weight_norms[site] for group in groups]
+            k, rated = rule.k(len(means[0])), rated + 1
+            best = [set(mean.argsort(descending=True)[:k].tolist()) for mean in means]
+            assert set(chosen.masks[site].nonzero().flatten().tolist()) == best[0] - best[1]
+    assert few
+    assert rated
+    assert "experts were met by fewer than 3 harmful or benign prompts" in caplog.text
+
+
+def _keep_last(
+    seen: dict[Site, dict[int, Tensor]], experts: Experts, number: int, last: int, routing: Routing, value: Tensor
+) -> None:
+    for expert, rows in routing.slices:
+        place = (routing.row[rows] == last).nonzero()
+        if len(place):
+            seen[Site(experts.expert(expert), "in")][number] = value[rows][int(place[0])]
+
+
+def test_snip_refuses_fused_experts(tmp_path: Path, probe: Probe) -> None:
+    vlm = load(families.build("qwen3_vl_moe", tmp_path / "moe"))
+    with pytest.raises(SafeglassesError, match="which fused experts are not") as caught:
+        measure_contrast(vlm, probe, rules=[RULES["snip"]])
+    assert caught.value.given == "layers.0.mlp.experts.0:in"
 
 
 def test_bad_input_is_refused_before_anything_runs(tiny_vlm: VLM, probe: Probe, monkeypatch: Any) -> None:

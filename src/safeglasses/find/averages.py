@@ -47,9 +47,9 @@ class Values:
         return Values(*(part[rows] for part in (self.value, self.magnitude, self.square, self.top)))
 
     def averages(self, weights: Float[Tensor, "resample prompt"]) -> Averages:
-        """Average over prompts, each counted as often as its weight says."""
+        """Average over prompts, each counted as often as its weight says; of none (see ``count``) they say nothing."""
         count = weights.sum(dim=1)
-        every = count[:, None]
+        every = count.clamp(min=1)[:, None]  # an expert may be met by no prompt of a half
         offset = self.value.mean(dim=0)  # large means do not cancel in the spread
         off = self.value - offset
         shift = weights @ off / every

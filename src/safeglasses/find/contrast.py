@@ -18,6 +18,7 @@ from safeglasses.data.probes import RISKS, Cell, Risk, several_languages
 from safeglasses.errors import SafeglassesError, WrongBase
 from safeglasses.files import atomic_write_bytes
 from safeglasses.find.averages import Averages
+from safeglasses.find.evidence import FEWEST
 from safeglasses.find.rules import Rule, RuleName
 from safeglasses.find.selection import Selection
 from safeglasses.model.sites import Site
@@ -66,6 +67,20 @@ class Contrast:
     the other) the other cell's holds. What overlap means is beyond that."""
     left_out: tuple[int, ...] = ()
     """Decoder layers that were not looked at: those that only cross-attend to pictures."""
+    met: Mapping[Site, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    """Of fused experts, per cell: harmful and benign prompts with a token that the router sent there."""
+
+    def rated(self, site: Site, row: int) -> bool:
+        """Whether enough prompts of a cell met a site for its neurons to be selected: all, or `FEWEST` of each class.
+
+        Args:
+            site: one of those that were looked at.
+            row: number of the cell.
+        """
+        if site not in self.met:
+            return True
+        both = zip(self.met[site][row], self.prompts[row], strict=True)
+        return all(count >= min(FEWEST, every) for count, every in both)
 
     def neurons(self, cell: Cell, rule: RuleName | None = None) -> Selection:
         """Return the safety neurons of one language and risk type.
@@ -76,7 +91,9 @@ class Contrast:
         row, by = self._row(cell), self.rule(rule)
         masks = {}
         for site, norm in self.weight_norms.items():
-            if by.name == "snip":
+            if not self.rated(site, row):
+                masks[site] = torch.zeros(len(norm), dtype=torch.bool)
+            elif by.name == "snip":
                 scores = self.columns["snip"][site][row].double()
                 masks[site] = by.difference(scores[0], scores[1])
             else:
@@ -184,6 +201,7 @@ class Contrast:
             "certainty": dict(self.certainty),
             "idle": dict(self.idle),
             "left_out": self.left_out,
+            **({"met": {str(site): counts for site, counts in self.met.items()}} if self.met else {}),
         }
         data = save(
             {name: value.contiguous() for name, value in self._tensors().items()}, {"safeglasses": json.dumps(header)}
@@ -227,6 +245,10 @@ class Contrast:
             certainty=header["certainty"],
             idle=header["idle"],
             left_out=tuple(header["left_out"]),
+            met={
+                Site.parse(text): tuple((int(a), int(b)) for a, b in counts)
+                for text, counts in header.get("met", {}).items()
+            },
         )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -238,7 +260,8 @@ class Contrast:
 
     def _averages(self, site: Site, row: int, kind: int) -> Averages:
         parts = {name: self.columns[name][site][row, kind].double() for name in COLUMNS}
-        return Averages(count=torch.tensor(float(self.prompts[row][kind]), dtype=torch.float64), **parts)
+        count = self.met[site][row][kind] if site in self.met else self.prompts[row][kind]
+        return Averages(count=torch.tensor(float(count), dtype=torch.float64), **parts)
 
     def _row(self, cell: Cell) -> int:
         if cell not in self.cells:
@@ -249,31 +272,6 @@ class Contrast:
                 do="find them with a probe that holds such prompts",
             )
         return self.cells.index(cell)
-
-
-def every_layer(selection: Selection, what: str) -> None:
-    """Check that a set has a neuron in every layer that it is about.
-
-    Args:
-        selection: what is to be trained, or taken out.
-        what: what it is called in the message.
-
-    Raises:
-        SafeglassesError: it has none in some, or none at all.
-    """
-    empty = [site.layer for site, mask in selection.masks.items() if not bool(mask.any())]
-    if empty:
-        raise SafeglassesError(
-            f"{what} selects nothing in {'any layer' if len(empty) == len(selection.masks) else 'some layers'}",
-            given=f"no neuron in layer{'s' if len(empty) > 1 else ''} {_listed(empty)} of {len(selection.masks)}",
-            expected="at least one neuron in every layer",
-            do="take a larger share of neurons, more languages or the union instead of what they have in common, or "
-            "look at other tokens",
-        )
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Measure a contrast: one pass over a probe, every rule, its noise and its stability."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -15,13 +15,14 @@ from safeglasses.errors import SafeglassesError
 from safeglasses.find.averages import Values
 from safeglasses.find.contrast import COLUMNS, Column, Contrast
 from safeglasses.find.engine import Job, Setup
+from safeglasses.find.evidence import FEWEST as MET
 from safeglasses.find.finding import claim, identity_of, setup_for, weight_norm
 from safeglasses.find.passes import Watch
 from safeglasses.find.pools import Pool
 from safeglasses.find.rules import RULES, Rule, top_k
 from safeglasses.find.snip import check_responses, snip_scores
 from safeglasses.find.statistic import Samples
-from safeglasses.find.steadiness import Draws, Steadiness
+from safeglasses.find.steadiness import HALVINGS, Draws, Steadiness
 from safeglasses.find.world import World
 from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
@@ -50,20 +51,20 @@ def pools_of(tokens: str) -> tuple[Pool, ...]:
 def feed_forward_sites(vlm: VLM) -> tuple[Site, ...]:
     """Return where safety neurons are looked for: the inputs of the feed-forward output maps of the decoder.
 
-    Layers that do nothing but cross-attend to pictures are left out: inputs without a picture skip them.
+    Layers that do nothing but cross-attend to pictures are left out: inputs without a picture skip them. Fused experts
+    are looked at one by one.
 
     Raises:
-        SafeglassesError: the feed-forward blocks have no neurons of their own (experts).
+        SafeglassesError: the feed-forward blocks have no neurons of their own, or experts are modules of their own.
     """
     anatomy = vlm.anatomy
-    expert = next((site for site in anatomy.neurons if site.expert is not None), None)
+    expert = next((site for site in anatomy.neurons if site.expert is not None and not site.fused), None)
     if not anatomy.neurons or expert is not None:
         raise SafeglassesError(
             "the decoder has no feed-forward neurons to find safety neurons among",
             given=anatomy.ffn_reason if expert is None else f"experts, such as {expert}",
-            expected="one feed-forward block per layer, of linear maps",
-            do="take a dense model: which expert a token meets depends on the token, and experts fused into one "
-            "tensor have no rows that an adapter could train",
+            expected="one feed-forward block per layer, of linear maps, or fused experts",
+            do="take another model: experts that are modules of their own run on a token or not at all",
         )
     crossing = set(anatomy.cross_attention_layers)
     return tuple(site for site in anatomy.sites("neurons") if site.layer not in crossing)
@@ -132,22 +133,37 @@ def measure_contrast(
     by_values = [rule for rule in rules if rule.name != "snip"]
     widths = {site: vlm.anatomy.width(site) for site in sites}
     norms = {site: weight_norm(vlm, site) for site in sites}
+    column = {site: number for number, site in enumerate(sites)}
     steady = Steadiness.empty(len(by_values), len(probe.cells), len(sites), resamples)
     empty = {site: torch.zeros(len(probe.cells), 2, width) for site, width in widths.items()}
     columns = {name: {site: zeros.clone() for site, zeros in empty.items()} for name in COLUMNS}
     frequency = {r.name: {site: zeros[:, 0].clone() for site, zeros in empty.items()} for r in by_values}
     counting = next((rule for rule in rules if rule.name == "sn-tune"), rules[0])
+    prompts = tuple((len(probe.harmful[cell]), len(probe.benign[cell])) for cell in probe.cells)
+    met = torch.zeros(len(sites), len(probe.cells), 2, dtype=torch.int64)
     for site, values in job.by_site():
         norm = norms[site].double()
         nothing: list[list[Tensor]] = [[] for _ in by_values]
         for row, (cell, drawn) in enumerate(zip(probe.cells, draws, strict=True)):
-            harmful, benign = (_values(values, group[cell], norm, counting) for group in (probe.harmful, probe.benign))
+            groups = (probe.harmful[cell], probe.benign[cell])
+            if site.fused:  # NaN: the router sent no token of the prompt there
+                there = [~values[0, 0, list(group)].isnan() for group in groups]
+                met[column[site], row] = torch.tensor([int(some.sum()) for some in there])
+                groups = tuple(
+                    [i for i, yes in zip(g, t.tolist(), strict=True) if yes] for g, t in zip(groups, there, strict=True)
+                )
+                drawn = drawn.met(*there)
+                if any(len(g) < min(MET, every) for g, every in zip(groups, prompts[row], strict=True)):
+                    for halves in nothing:
+                        halves.append(torch.zeros(HALVINGS, len(norm), dtype=torch.bool))
+                    continue
+            harmful, benign = (_values(values, group, norm, counting) for group in groups)
             for kind, side in enumerate((harmful, benign)):
                 whole = side.averages(torch.ones(1, len(side.value), dtype=torch.float64)).at(0)
                 for name in COLUMNS:
                     columns[name][site][row, kind] = getattr(whole, name).float()
             for number, rule in enumerate(by_values):
-                place = (number, row, sites.index(site))
+                place = (number, row, column[site])
                 again, halves = steady.add(place, rule, harmful, benign, drawn, norm)
                 frequency[rule.name][site][row] = again
                 nothing[number].append(halves)
@@ -157,26 +173,54 @@ def measure_contrast(
         for tensor in tensors.values():
             world.add(tensor)
     steady.gather(world)
+    world.add(met)
+    listed = zip(sites, met.tolist(), strict=True)
+    counts = {site: tuple((h, b) for h, b in rows) for site, rows in listed if site.fused}
+    _say_unmet(counts, prompts)
     everything: dict[str, Column] = dict(columns)
     if any(rule.name == "snip" for rule in rules):
         everything["snip"] = snip_scores(vlm, probe, sites, batch_size=setup.batch_size, world=world)
-    return Contrast(
+    found = Contrast(
         cells=probe.cells,
         rules=tuple(rules),
         tokens=tokens,
         columns=everything,
         weight_norms=norms,
-        prompts=tuple((len(probe.harmful[cell]), len(probe.benign[cell])) for cell in probe.cells),
+        prompts=prompts,
         base_fingerprint=vlm.fingerprint(),
         source_sha256=probe.examples.sha256,
         frequency=frequency,
-        certainty={
-            rule.name: {str(cell): steady.record((number, row), rule, widths) for row, cell in enumerate(probe.cells)}
-            for number, rule in enumerate(by_values)
-        },
         idle={rule.name: steady.idle_shares(number) for number, rule in enumerate(by_values)},
         left_out=tuple(left_out),
+        met=counts,
     )
+    rated = [[found.rated(site, row) for site in sites] for row in range(len(probe.cells))]
+    certainty = {
+        rule.name: {
+            str(cell): steady.record((number, row), rule, widths, rated[row]) for row, cell in enumerate(probe.cells)
+        }
+        for number, rule in enumerate(by_values)
+    }
+    return replace(found, certainty=certainty)
+
+
+def _say_unmet(met: Mapping[Site, Sequence[tuple[int, int]]], prompts: Sequence[tuple[int, int]]) -> None:
+    """Say how many experts too few prompts have met."""
+    few = [
+        site
+        for site, rows in met.items()
+        if any(
+            count < min(MET, every)
+            for row, all_ in zip(rows, prompts, strict=True)
+            for count, every in zip(row, all_, strict=True)
+        )
+    ]
+    if few:
+        log.warning(
+            "%d of %d experts were met by fewer than %d harmful or benign prompts of some language and risk type: "
+            "none of their neurons is selected there (%s)",
+            *(len(few), len(met), MET, f"{few[0]}" + (" …" if len(few) > 1 else "")),
+        )
 
 
 def _values(
@@ -214,6 +258,14 @@ def _check(vlm: VLM, probe: Probe, rules: Sequence[Rule], sites: Sequence[Site])
         for site in sites:
             rule.k(vlm.anatomy.width(site))
     if any(rule.name == "snip" for rule in rules):
+        fused = next((site for site in sites if site.fused), None)
+        if fused is not None:
+            raise SafeglassesError(
+                "SNIP scores need gradients at linear maps, which fused experts are not",
+                given=str(fused),
+                expected="sites of linear maps, or another rule",
+                do="leave the rule out, or the sites of experts",
+            )
         check_responses(probe)
     items = [row.pair_id or row.prompt_key for row in probe.examples]
     sizes = {c: [len({items[i] for i in group[c]}) for group in (probe.harmful, probe.benign)] for c in probe.cells}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safeglasses.find.averages import Values
+from safeglasses.find.averages import Averages, Values
 from safeglasses.find.rules import Rule
 from safeglasses.find.world import World
 from safeglasses.model.sites import Site
@@ -31,6 +31,15 @@ class Draws:
     """1 for harmful prompts in the first half."""
     first_benign: Float[Tensor, "half prompt_"]
     """1 for benign prompts in the first half; the others are in the second."""
+
+    def met(self, harmful: Bool[Tensor, " prompt"], benign: Bool[Tensor, " prompt_"]) -> "Draws":
+        """Return the same draws of those prompts that met an expert."""
+        return Draws(
+            self.harmful[:, harmful],
+            self.benign[:, benign],
+            self.first_harmful[:, harmful],
+            self.first_benign[:, benign],
+        )
 
     @classmethod
     def of(cls, harmful: Sequence[int], benign: Sequence[int], resamples: int, seed: str) -> "Draws":
@@ -114,14 +123,14 @@ class Steadiness:
             draws: of these prompts.
             norm: ‖W_down[:, i]‖₂.
         """
-        chosen = rule.chosen(harmful.averages(draws.harmful), benign.averages(draws.benign), norm)
+        chosen = _chosen(rule, harmful.averages(draws.harmful), benign.averages(draws.benign), norm)
         masks = chosen.to(torch.float32)
         self.common[place[0], place[1]] += (masks @ masks.T).round().long()  # exact below 2²⁴ neurons
         self.found[place] = int(chosen[0].sum())
         one, other = benign.averages(draws.first_benign), benign.averages(1 - draws.first_benign)
-        nothing = rule.chosen(one, other, norm)
+        nothing = _chosen(rule, one, other, norm)
         self.noise[place] = nothing.sum(dim=1)
-        self.at_half[place] = rule.chosen(harmful.averages(draws.first_harmful), other, norm).sum(dim=1)
+        self.at_half[place] = _chosen(rule, harmful.averages(draws.first_harmful), other, norm).sum(dim=1)
         return masks[1:].mean(dim=0) if len(masks) > 1 else masks[0], nothing
 
     def add_idle(self, rule: int, nothing: Bool[Tensor, "cell half neuron"]) -> None:
@@ -140,7 +149,9 @@ class Steadiness:
         for part in fields(self):
             world.add(getattr(self, part.name))
 
-    def record(self, place: tuple[int, int], rule: Rule, sites: Mapping[Site, int]) -> dict[str, Any]:
+    def record(
+        self, place: tuple[int, int], rule: Rule, sites: Mapping[Site, int], rated: Sequence[bool]
+    ) -> dict[str, Any]:
         """Return what is known of one rule and cell, JSON-ready.
 
         ``k``: important neurons that the set is drawn from, over all layers; shares are of k. ``noise``: share
@@ -153,10 +164,12 @@ class Steadiness:
             place: number of the rule and the cell.
             rule: the rule.
             sites: neurons by site.
+            rated: which of the sites were met by enough prompts; others are not counted.
         """
+        sites = {site: width for (site, width), there in zip(sites.items(), rated, strict=True) if there}
         ks = [rule.k(width) for width in sites.values()]
-        found, total = self.found[place], sum(ks)
-        noise, at_half = self.noise[place], self.at_half[place]
+        total = max(sum(ks), 1)
+        found, noise, at_half = (part[place][list(rated)] for part in (self.found, self.noise, self.at_half))
         sizes = self.common[place].diagonal()
         union = sizes[:, None] + sizes[None] - self.common[place]
         pairs = torch.triu(torch.ones_like(union, dtype=torch.bool), diagonal=1)
@@ -164,7 +177,7 @@ class Steadiness:
         jaccard = (self.common[place].double() / union)[pairs & (union > 0)]
         again = (self.common[place][0, 1:].double() / sizes[0])[:] if int(sizes[0]) else torch.empty(0)
         return {
-            "k": total,
+            "k": sum(ks),
             "found": int(found.sum()),
             "found_share": float(found.sum()) / total,
             "noise": _spread(noise.sum(dim=0) / total),
@@ -173,6 +186,7 @@ class Steadiness:
             "layers": [
                 {
                     "layer": site.layer,
+                    **({"expert": site.path} if site.fused else {}),
                     "k": k,
                     "found": int(found[i]),
                     "noise": float(noise[i].double().mean()) / k,
@@ -181,6 +195,14 @@ class Steadiness:
                 for i, (site, k) in enumerate(zip(sites, ks, strict=True))
             ],
         }
+
+
+def _chosen(
+    rule: Rule, harmful: Averages, benign: Averages, norm: Float[Tensor, " neuron"]
+) -> Bool[Tensor, "resample neuron"]:
+    """Choose; nothing where one side has no prompt."""
+    known = (harmful.count > 0) & (benign.count > 0)
+    return rule.chosen(harmful, benign, norm) & known[:, None]
 
 
 def _spread(values: Tensor) -> dict[str, float] | None:
