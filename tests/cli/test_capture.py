@@ -3,11 +3,10 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from forked import Forked, ranks
 from safeglasses.cli import execute
 from safeglasses.find.evidence import Evidence
 
@@ -23,6 +23,7 @@ SMALL = ("--memory", "300KB", "--batch-size", "4", "--resamples", "20")
 HISTOGRAM = ("--engine", "histogram")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "safeglasses")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
+ENDED = "another process of the job has ended, or the job was told to stop"
 
 
 def command(processes: int, model: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -101,27 +102,15 @@ def test_two_processes_count_the_same(counted: Path, tiny: Path, data: Path, tmp
             torch.testing.assert_close(one.columns[name][site], two.columns[name][site], equal_nan=True)
 
 
-def started(args: list[str], said: Path) -> subprocess.Popen[bytes]:
-    with said.open("wb") as file:
-        return subprocess.Popen(args, stdout=file, stderr=file, env=ENVIRONMENT)
-
-
-def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], Any], said: Path) -> None:
-    while not reached():
-        assert process.poll() is None, f"it ended too early: {said.read_text()[-3000:]}"
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("engine", ["exact", "histogram"])
 def test_a_killed_run_goes_on(
     engine: str, alone: tuple[dict[str, Any], Path], counted: Path, tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     undisturbed = alone[1] if engine == "exact" else counted
-    out, said, more = tmp_path / "run", tmp_path / "said", ("--engine", engine)
-    process = started(command(1, tiny, data, out, *more), said)
-    wait_for(process, lambda: shards(out), said)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    out, more = tmp_path / "run", ("--engine", engine)
+    process = Forked(execute, command(1, tiny, data, out, *more)[3:], said=tmp_path / "said")
+    process.wait_for(lambda: shards(out))
+    process.kill()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("shards/find/0*.safetensors")}
     assert bool(kept) == (engine == "exact")
     assert not (out / "evidence.safetensors").exists()
@@ -131,29 +120,41 @@ def test_a_killed_run_goes_on(
     assert one == two
 
 
-def ranks(process: subprocess.Popen[bytes]) -> Iterator[tuple[int, psutil.Process]]:
-    for child in psutil.Process(process.pid).children(recursive=True):
-        rank = child.environ().get("RANK")
-        if rank is not None:
-            yield int(rank), child
-
-
 def test_a_killed_rank_ends_the_job_with_one_message_and_the_job_goes_on_to_the_same_bytes(
     alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
+    given = command(1, tiny, data, out, "--processes", "2")[3:]
     for killed in (0, 1):  # the first writes for all
-        said, before = tmp_path / f"said-{killed}", len(shards(out))
-        process = started(command(2, tiny, data, out), said)
-        wait_for(process, lambda before=before: len(shards(out)) > before, said)
-        dict(ranks(process))[killed].kill()
-        assert process.wait(timeout=60) != 0
-        text = said.read_text()
-        assert text.count("another process of the job has ended, or the job was told to stop") == 1, text
+        before = len(shards(out))
+        job = ranks(2, execute, given, said=tmp_path / f"said-{killed}")
+        job[0].wait_for(lambda before=before: len(shards(out)) > before)
+        job[killed].kill()
+        assert job[1 - killed].wait(60) == 2
+        assert json.loads(job[1 - killed].out())["error"] == ENDED
         assert not (out / "evidence.safetensors").exists()
-    record = run(2, tiny, data, out, "--processes", "2")
-    assert record["processes"] == 2
+    job = ranks(2, execute, given, said=tmp_path / "said")
+    assert [rank.wait() for rank in job] == [0, 0], job[0].err()
+    assert json.loads(job[0].out())["processes"] == 2
+    assert job[1].out() == ""  # one process speaks for all
     assert (out / "evidence.safetensors").read_bytes() == (alone[1] / "evidence.safetensors").read_bytes()
+
+
+def test_a_job_of_torchrun_ends_with_one_message_when_a_rank_is_killed(tiny: Path, data: Path, tmp_path: Path) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    with (
+        said.open("wb") as file,
+        subprocess.Popen(command(2, tiny, data, out), stdout=file, stderr=file, env=ENVIRONMENT) as job,
+    ):
+        while not shards(out):
+            assert job.poll() is None, f"it ended too early: {said.read_text()[-3000:]}"
+            time.sleep(0.002)
+        children = psutil.Process(job.pid).children(recursive=True)
+        next(child for child in children if child.environ().get("RANK") == "0").kill()
+        assert job.wait(timeout=60) != 0
+    text = said.read_text()
+    assert text.count(ENDED) == 1, text
+    assert not (out / "evidence.safetensors").exists()
 
 
 def test_sites_that_no_pool_reaches_are_refused_before_a_folder_is_claimed(
@@ -166,12 +167,11 @@ def test_sites_that_no_pool_reaches_are_refused_before_a_folder_is_claimed(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_number_of_processes_is_asserted(tiny: Path, data: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(1, tiny, data, tmp_path / "run", "--processes", "2"), capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.returncode == 2
-    assert json.loads(done.stdout) == {
+def test_the_number_of_processes_is_asserted(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(command(1, tiny, data, tmp_path / "run", "--processes", "2")[3:]) == 2
+    assert json.loads(capsys.readouterr().out) == {
         "error": "the job has another number of processes than it should",
         "given": "1 running, --processes 2",
         "expected": "2",
@@ -184,7 +184,8 @@ def test_the_number_of_processes_is_asserted(tiny: Path, data: Path, tmp_path: P
 def test_a_sharded_model_gives_the_same_evidence(
     alone: tuple[dict[str, Any], Path], tiny: Path, data: Path, tmp_path: Path
 ) -> None:
-    run(2, tiny, data, tmp_path / "run", "--fsdp")
+    job = ranks(2, execute, command(1, tiny, data, tmp_path / "run", "--fsdp")[3:], said=tmp_path / "said")
+    assert [rank.wait() for rank in job] == [0, 0], job[0].err()
     one, two = (Evidence.load(out / "evidence.safetensors") for out in (alone[1], tmp_path / "run"))
     for site in one.auroc:
         torch.testing.assert_close(one.auroc[site], two.auroc[site], rtol=0, atol=2e-3)

@@ -119,8 +119,8 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 BUG = """
 import sys
-import safeglasses.report.schema
-safeglasses.report.schema.validate = lambda summary: summary["nothing"]
+import safeglasses.files
+safeglasses.files.read_json = lambda path: {}["nothing"]
 from safeglasses.cli import main
 sys.exit(main())
 """

@@ -1,14 +1,12 @@
 import io
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +16,7 @@ import torch
 import families
 import other_world
 from families.unrolled import chat
+from forked import Forked
 from other_world import World
 from safeglasses.cli import execute
 from safeglasses.defend.glasses import Glasses
@@ -110,21 +109,20 @@ def amid_answers(out: Path) -> bool:
     return journal.exists() and journal.stat().st_size > 0
 
 
-@pytest.mark.parametrize("reached", [after_evidence, after_a_round, before_the_last_lessons, amid_answers])
-def test_a_killed_fit_ends_with_the_same_glasses(
-    reached: Callable[[Path], bool], world: World, finished: tuple[dict, Path], tmp_path: Path
+def started(world: World, out: Path) -> Forked:
+    return Forked(execute, command(world, out, "--budget", "1s")[3:], said=out.with_name("said"))
+
+
+def test_a_fit_killed_again_and_again_ends_with_the_same_glasses(
+    world: World, finished: tuple[dict, Path], tmp_path: Path
 ) -> None:
     summary, undisturbed = finished
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(world, out, "--budget", "1s"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not reached(out):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "summary.json").exists()
+    for reached in (after_evidence, after_a_round, before_the_last_lessons, amid_answers):
+        process = started(world, out)
+        process.wait_for(partial(reached, out))
+        process.kill()
+        assert not (out / "summary.json").exists()
     again = run(world, out, "--budget", "1s")["summary"]
     assert glasses_bytes(out) == glasses_bytes(undisturbed)
     assert again["rows"] == summary["rows"]
@@ -135,15 +133,10 @@ def test_a_fit_killed_at_a_random_moment_ends_with_the_same_glasses(
 ) -> None:
     summary, undisturbed = finished
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(world, out, "--budget", "1s"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (out / "environment.json").exists():
-        assert process.poll() is None, "the run ended before it had begun"
-        time.sleep(0.01)
+    process = started(world, out)
+    process.wait_for((out / "environment.json").exists)
     time.sleep(random.uniform(0, 0.8 * summary["seconds"]["total"]))  # another moment in every run of the tests
     process.kill()
-    process.wait()
     run(world, out, "--budget", "1s")
     assert glasses_bytes(out) == glasses_bytes(undisturbed)
 

@@ -1,13 +1,10 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from forked import Forked
 from other_world import World
 from safeglasses.cli import execute
 from safeglasses.defend.glasses import Glasses
@@ -37,13 +34,9 @@ def test_a_front_killed_between_two_points_goes_on_there_and_every_point_can_be_
     world: World, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    script = f"from safeglasses.run.fit import fit; fit(**{asked(world, out)!r})"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "calibration/front/point-00.json").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process = Forked(partial(fit, **asked(world, out)), said=tmp_path / "said")
+    process.wait_for((out / "calibration/front/point-00.json").exists)
+    process.kill()
     assert not (out / "glasses").exists()
     first = {p: p.stat().st_mtime_ns for p in (out / "calibration/front").glob("*-0*.json")}
     told = Told()

@@ -16,13 +16,7 @@ def report(
     debug: options.Debug = False,
 ) -> Outcome:
     """Show what a finished run measured, and draw its report again."""
-    from safeglasses.cli.tables import of_ablation, of_run, of_shield
     from safeglasses.files import read_json
-    from safeglasses.report.ablation_page import write_ablation_page
-    from safeglasses.report.html import write_report
-    from safeglasses.report.schema import validate
-    from safeglasses.report.shield_page import write_shield_page
-    from safeglasses.report.stored import stored
 
     path = run / "summary.json"
     if not path.is_file():
@@ -33,6 +27,14 @@ def report(
             do="run the same `safeglasses fit` again: it goes on where it was stopped",
         )
     summary = read_json(path)
+
+    from safeglasses.cli.tables import of_ablation, of_run, of_shield
+    from safeglasses.report.ablation_page import write_ablation_page
+    from safeglasses.report.html import write_report
+    from safeglasses.report.schema import validate
+    from safeglasses.report.shield_page import write_shield_page
+    from safeglasses.report.stored import stored
+
     if summary.get("kind") == "shield":
         write_shield_page(summary, run / "report.html")
         return of_shield(run, summary)
