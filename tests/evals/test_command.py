@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +16,10 @@ from typing import Any
 import pytest
 from inspect_ai.log import read_eval_log
 
+from evals.apart import inspect
 from evals.conftest import inspect_command
 from evals.looking import look
+from forked import Forked
 from safeglasses.data.miniature import CHECKPOINT, LEXICON, REFUSALS
 from safeglasses.ship.fold import fold_checkpoint
 from shipped import both_sides
@@ -30,10 +31,14 @@ TASK = "safeglasses/mm_toxic_qa"
 
 def run(env: dict[str, str], *words: object, cwd: Path) -> str:
     """Run Inspect to its end and return what it said."""
-    command = inspect_command(*words)
-    ran = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout + ran.stderr
+    process = started(env, *words, cwd=cwd)
+    assert process.wait(300) == 0, process.out() + process.err()
+    return process.out() + process.err()
+
+
+def started(env: dict[str, str], *words: object, cwd: Path) -> Forked:
+    """Start Inspect."""
+    return Forked(inspect, [str(word) for word in words], cwd, env, said=cwd / f"said-{words[0]}")
 
 
 def asked(prompts_file: Path, *more: object) -> list[object]:
@@ -72,7 +77,10 @@ def logged(installed, prompts_file, tmp_path_factory) -> Path:
     """A log of eight samples, made by the plain command; treat it as read-only."""
     tmp_path = tmp_path_factory.mktemp("logged")
     model = ["--model", f"safeglasses/{CHECKPOINT}", "-M", "batch_size=4", "--log-dir", "logs", "--limit", "8"]
-    said = run(installed, *asked(prompts_file, *model), cwd=tmp_path)
+    command = inspect_command(*asked(prompts_file, *model))
+    ran = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=300, check=False)
+    said = ran.stdout + ran.stderr
+    assert ran.returncode == 0, said
     (log,) = (tmp_path / "logs").glob("*.eval")
     assert log.name in said
     return log
@@ -103,20 +111,9 @@ def test_a_killed_run_is_retried_without_what_it_has(installed, prompts_file, tm
         prompts_file, "--model", f"safeglasses/{CHECKPOINT}", "-M", "batch_size=1", "--max-samples", "1", *once
     )
     words += ["--log-buffer", "1", "--no-log-realtime", "--log-dir", "logs"]
-    process = subprocess.Popen(
-        inspect_command(*words), cwd=tmp_path, env=installed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    done: list[str] = []
-    try:
-        for _ in range(6000):
-            assert process.poll() is None, "the run ended before it was killed"
-            done = finished(tmp_path / "logs")
-            if len(done) >= 3:
-                break
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = started(installed, *words, cwd=tmp_path)
+    process.wait_for(lambda: len(finished(tmp_path / "logs")) >= 3)
+    process.kill()
     (killed,) = (tmp_path / "logs").glob("*.eval")
     kept = finished(tmp_path / "logs")
     assert 3 <= len(kept) < 30
@@ -152,9 +149,8 @@ def finished(folder: Path) -> list[str]:
 def test_a_half_written_log_is_an_error(logged, installed, tmp_path):
     half = tmp_path / logged.name
     half.write_bytes(logged.read_bytes()[: logged.stat().st_size // 2])
-    command = inspect_command("score", half, "--scorer", "safeglasses/lexicon", "-S", f"judge=lexicon:{LEXICON}")
-    ran = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode != 0
+    words = ["score", half, "--scorer", "safeglasses/lexicon", "-S", f"judge=lexicon:{LEXICON}"]
+    assert started(installed, *words, cwd=tmp_path).wait(300) != 0
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
