@@ -18,6 +18,7 @@ from safeglasses.measure.calibrate import Effort
 from safeglasses.measure.choosing import Choice
 from safeglasses.measure.judges import refusal_judge
 from safeglasses.measure.teaching import Teacher
+from safeglasses.model.heads import Attention
 from safeglasses.model.sites import Site
 
 LAST, MAX = Pool("prompt", "last"), Pool("response", "max")
@@ -109,14 +110,28 @@ def test_recipe_files_know_heads(tmp_path):
     assert Recipe.from_toml(tmp_path / "r.toml") == recipe
 
 
-def test_what_has_no_heads_is_refused(family):
+def test_what_has_no_heads_is_refused(tiny_vlm):
     with pytest.raises(SafeglassesError, match="a recipe that cannot work") as error:
         replace(RECIPES["sgm"], by_head=True)
     assert error.value.given == "sgm: by_head with sites 'linears', not attention or heads"
-    fused = family("gpt2")  # queries, keys and values in one map, in an order that shapes do not tell
+    unknown = replace(tiny_vlm.anatomy, attention=Attention(tiny_vlm.anatomy.attention.maps))
     with pytest.raises(SafeglassesError, match="none of the recipe's sites has attention heads"):
-        replace(RECIPES["sgm"], sites="attention", by_head=True).heads(fused.anatomy)
-    assert replace(RECIPES["sgm"], sites="heads", by_head=True).heads(fused.anatomy)
+        replace(RECIPES["sgm"], sites="attention", by_head=True).heads(unknown)
+
+
+def test_where_one_map_writes_queries_keys_and_values_each_of_a_heads_gets_its_mean(family):
+    parts = family("gpt2").anatomy
+    recipe = replace(RECIPES["aura"], sites="attention", pools=(LAST,), by_head=True)
+    generator = torch.Generator().manual_seed(0)
+    auroc = {
+        s: 0.6 + 0.4 * torch.rand(1, parts.width(s), generator=generator).double() for s in parts.sites("attention")
+    }
+    evidence = Evidence(auroc, None, (LAST,), ((40, 40),), None, family("gpt2").fingerprint(), "0")
+    alone, together = (apply(one, evidence, anatomy=parts).factors for one in (replace(recipe, by_head=False), recipe))
+    site = Site("layers.0.attn.c_attn".replace("layers", parts.layers_path), "out")
+    blocks, before = together[site].reshape(12, 8), alone[site].reshape(12, 8)
+    torch.testing.assert_close(blocks, before.mean(dim=1, keepdim=True).expand_as(blocks))
+    assert len(blocks.unique()) == 12
 
 
 @pytest.mark.parametrize("sites", ["mlp", "attention", "heads"])

@@ -1,4 +1,4 @@
-"""A recipe: how evidence becomes glasses, in settings that a file holds; `recipes` has the named ones and applies them."""
+"""A recipe: how evidence becomes glasses; `recipes` has the named ones and applies them."""
 
 import math
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ class Recipe:
             raise SafeglassesError(
                 "none of the recipe's sites has attention heads",
                 given=f"recipe {self.name}, sites = {self.sites}, by_head",
-                expected="queries, keys and values with maps of their own",
+                expected="queries, keys and values whose maps write heads of a known width, one behind the other",
                 do='use sites = "heads": what each head writes',
             )
         return found

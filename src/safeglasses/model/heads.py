@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ _ROLES = {
     "value": re.compile(r"(v|value|kv_b)(_proj)?"),
     "output": re.compile(r"(o|out|output|dense|c)(_proj)?"),
 }
+_AT_ONCE = re.compile(r"(in_proj_)?w?qkv(_proj)?|query_key_value|c_attn", re.IGNORECASE)
 _WRITTEN = ("v_head_dim", "head_v_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
@@ -29,7 +31,9 @@ class Attention:
     """How many heads lie one behind the other, in blocks of equal width, on each side that has heads: what queries,
     keys and values write, and what the output map reads. Queries and output have the query heads, keys and values
     their own fewer ones: of n query heads and m others, query heads j·n/m … (j+1)·n/m − 1 look at head j.
-    Maps that write several of these at once are left out: in which order they do is no matter of shapes."""
+    A map that writes all three at once has n + 2·m: each block is a head's queries, keys or values. In which order they
+    come (GPT-2: all queries first; Persimmon: head by head) is no matter of shapes, and not needed to take a head's
+    neurons together."""
 
     def sites(self, *, without: Iterable[str] = ()) -> tuple[Site, ...]:
         """Return the outputs of all maps but some.
@@ -94,20 +98,37 @@ def _units(layers: nn.Module, layers_path: str) -> Iterator[tuple[str, nn.Module
 def _heads(path: str, unit: nn.Module, widths: Mapping[str, tuple[int, int]]) -> dict[Site, int]:
     roles = {role: found[0] for role in _ROLES if len(found := [name for name in widths if _is(role, name)]) == 1}
     said = [vars(child) for child in unit.modules()]  # BERT's heads are known to a module inside
-    written = next((own[name] for name in _WRITTEN for own in said if isinstance(own.get(name), int)), 0)
+    written = _said(said, _WRITTEN)
     if "output" not in roles or written < 1 or widths[roles["output"]][0] % written:
         return {}
     n = widths[roles["output"]][0] // written
+    linear = _said(said, ("head_k_dim",))  # linear attention may have fewer queries, and keys of another width
+    keyed = linear or _said(said, ("head_dim",)) or written
     found = {Site(roles["output"], "in"): n}
-    for role in ("query", "key", "value"):
-        outputs = widths[roles[role]][1] if role in roles else 0
-        name = roles.get(role, "").rpartition(".")[2]
-        one_each = role == "query" or name.startswith("kv_b")  # a query may carry its gate; keys may come with values
-        several = outputs // written if outputs % written == 0 and not one_each else 0
-        count = n if one_each and outputs % n == 0 else several
-        if outputs and count and n % count == 0:
-            found[Site(roles[role], "out")] = count
+    for role, path in roles.items():
+        outputs, name = widths[path][1], path.rpartition(".")[2]
+        if (role == "query" and not linear) or name.startswith("kv_b"):  # with its gate, or keys with values
+            count = n if outputs % n == 0 else 0
+        else:
+            count = _blocks(outputs, written if role == "value" else keyed)
+        if role != "output" and count and n % count == 0:
+            found[Site(path, "out")] = count
+    for path, (_, outputs) in widths.items():
+        count = _blocks(outputs, written) if keyed == written else 0
+        others, odd = divmod(count - n, 2)
+        if _AT_ONCE.fullmatch(path.rpartition(".")[2]) and others > 0 and not odd and n % others == 0:
+            found[Site(path, "out")] = count
     return found
+
+
+def _said(attributes: Iterable[Mapping[str, Any]], names: Iterable[str]) -> int:
+    """Return the first number that modules hold under one of these names; 0: none."""
+    known = list(attributes)
+    return next((own[name] for name in names for own in known if isinstance(own.get(name), int)), 0)
+
+
+def _blocks(outputs: int, width: int) -> int:
+    return outputs // width if outputs % width == 0 else 0
 
 
 def _is(role: str, path: str) -> bool:
