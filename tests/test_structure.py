@@ -141,6 +141,15 @@ sys.stderr.write(json.dumps(sorted(loaded & set({sorted(HEAVY)!r}))))
     assert json.loads(ran.stderr) == []
 
 
+def test_what_only_reads_results_starts_without_pytorch() -> None:
+    script = """
+import sys
+import safeglasses.cli.tables, safeglasses.measure.compare, safeglasses.measure.results_reading
+sys.exit({"torch", "transformers"} & set(sys.modules) != set())
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
 def test_every_file_of_the_map_in_the_readme_exists() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):

@@ -106,7 +106,7 @@ def test_fused_experts_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "[expert, out, in]" in shown
     assert "layers.LAYER.mlp.experts.EXPERT:in#INDEX (also :out, :gate, :up)" in shown
-    assert "shield: no: which expert a token meets depends on the token: neurons of experts are not tuned" in shown
+    assert "shield: yes" in shown
 
 
 def test_a_checkpoints_config_is_enough(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,10 @@ from safeglasses.measure.compare import compare
 from safeglasses.measure.groups import groups
 from safeglasses.measure.judges import LexiconJudge, refusal_judge
 from safeglasses.measure.measurement import measure
+from safeglasses.measure.rejudging import judged_again, read_journal
 from safeglasses.measure.respond import respond
 from safeglasses.measure.results_files import write_eval_results, write_results
-from safeglasses.measure.results_reading import judged_again, read_journal, read_results, results_in
+from safeglasses.measure.results_reading import read_results, results_in
 from safeglasses.model.vlm import VLM
 
 NOW = datetime(2026, 11, 21, 18, 30, 5, 123456)

@@ -119,7 +119,9 @@ class _Answers:
 
     def _again(self, results: "Results") -> "Results":
         """Judge answers anew where a judge was named."""
-        from safeglasses.measure.results_reading import judged_again
+        if self._judge is None and self._refusals is None:
+            return results
+        from safeglasses.measure.rejudging import judged_again
 
         return judged_again(results, self._judge, self._refusals)
 
@@ -127,7 +129,7 @@ class _Answers:
         from safeglasses.data.examples import prompts_of, read_examples
         from safeglasses.files import read_json
         from safeglasses.measure.judges import refusal_judge
-        from safeglasses.measure.results_reading import read_journal
+        from safeglasses.measure.rejudging import read_journal
 
         if self.prompts is None or self._judge is None:
             raise SafeglassesError(

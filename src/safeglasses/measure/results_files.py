@@ -11,7 +11,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeglasses import __version__
 from safeglasses.data.examples import Text
@@ -21,8 +21,10 @@ from safeglasses.measure.disputes import agreement_records
 from safeglasses.measure.groups import groups
 from safeglasses.measure.intervals import mean, rate, standard_error
 from safeglasses.measure.items import GROUPS, Item, Results
-from safeglasses.measure.measurement import Measurement
-from safeglasses.measure.rows import Answer
+
+if TYPE_CHECKING:  # reading results files back needs no PyTorch
+    from safeglasses.measure.measurement import Measurement
+    from safeglasses.measure.rows import Answer
 
 SCHEMA = 1
 LOWER_IS_BETTER = ("harmful_rate", "toxicity", "refusal_on_benign", "empty", "very_short", "repetitive", "off_topic")
@@ -31,7 +33,7 @@ _NONE = "none"  # lm-eval's name for an answer that went through no filter
 
 
 def write_results(
-    measurement: Measurement,
+    measurement: "Measurement",
     folder: str | Path,
     *,
     task: str = "safeglasses",
@@ -87,7 +89,7 @@ def write_results(
 
 
 def write_eval_results(
-    measurement: Measurement,
+    measurement: "Measurement",
     folder: str | Path,
     *,
     dataset: str,
@@ -157,7 +159,7 @@ def task_hash(lines: Sequence[Mapping[str, Any]]) -> str:
     return _sha256("".join(line["doc_hash"] + line["prompt_hash"] + line["target_hash"] for line in lines))
 
 
-def _head(measurement: Measurement, now: datetime, seconds: float | None) -> dict[str, Any]:
+def _head(measurement: "Measurement", now: datetime, seconds: float | None) -> dict[str, Any]:
     kinds = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
     return {
         **{kind: {} for kind in kinds},
@@ -223,7 +225,7 @@ def _plain(metrics: Mapping[str, float | None]) -> dict[str, Any]:
     return {f"{m}{end},{_NONE}": v for m, value in known.items() for end, v in (("", value), ("_stderr", "N/A"))}
 
 
-def _sample(number: int, answer: Answer, item: Item, decoding: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(number: int, answer: "Answer", item: Item, decoding: Mapping[str, Any]) -> dict[str, Any]:
     example = answer.example
     doc = {
         "id": example.id,

@@ -3,19 +3,21 @@
 import html
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeglasses.data.probes import RISKS, Cell
-from safeglasses.find.contrast import Contrast
-from safeglasses.find.rules import RuleName
 from safeglasses.report.plotting import Figure, axis, layout
+
+if TYPE_CHECKING:
+    from safeglasses.find.contrast import Contrast
+    from safeglasses.find.rules import RuleName
 
 _NUMBERS_UP_TO = 16
 """Columns up to which cells carry numbers."""
 Shares = Sequence[Sequence[float | None]]
 
 
-def neuron_table(contrast: Contrast, rule: RuleName | None = None) -> dict[str, Any]:
+def neuron_table(contrast: "Contrast", rule: "RuleName | None" = None) -> dict[str, Any]:
     """Return what was found by a rule, JSON-ready: per cell and layer, and what cells have in common.
 
     ``shared``: neurons that both risk types of a language have; ``multilingual``: One Anchor's set, with the first
