@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST_ARGS ?=
+# One thread per process: the tests' models are small, and processes share the cores better than threads do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 .PHONY: help demo test lint format clean
 
@@ -18,9 +20,10 @@ help:
 demo: $(VENV)/demo.stamp
 	@$(BIN)/safeglasses demo
 
-# One thread per process: the tests' models are small, and processes share the cores better than threads do.
-test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+# Tests marked `torchvision` run a second time, with it on the path; under PYTEST_ARGS there may be none (status 5).
+test: $(VENV)/dev.stamp $(VENV)/torchvision.stamp
+	$(PYTEST) $(PYTEST_ARGS)
+	PYTHONPATH=$(VENV)/torchvision $(PYTEST) $(PYTEST_ARGS) -m torchvision || test $$? = 5
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check
@@ -50,3 +53,9 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $(VENV)/demo.stamp $@
+
+# Apart from all else: an index may have torchvision for CUDA alone, and beside a PyTorch for the CPU that stops every
+# import of transformers. The tests that want it declare what its compiled half would (tests/half_torchvision.py).
+$(VENV)/torchvision.stamp: constraints.txt | $(VENV)/dev.stamp
+	@$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision num2words
+	@touch $@

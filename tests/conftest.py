@@ -9,18 +9,29 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import half_torchvision
+
+half_torchvision.mend()  # before the first import of transformers
+
 import jaxtyping
 
 jaxtyping.install_import_hook("safeglasses", "beartype.beartype")  # before the first import of safeglasses
 
 # ruff: noqa: E402
 import pytest
+from transformers.utils import is_torchvision_available
 from transformers.utils.logging import disable_progress_bar
 
 import families
 from safeglasses.model.vlm import VLM, load
 
 disable_progress_bar()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs torchvision where there is none."""
+    if item.get_closest_marker("torchvision") is not None and not is_torchvision_available():
+        pytest.skip("needs torchvision; `make test` has a second run with it")
 
 
 @pytest.fixture(scope="session")

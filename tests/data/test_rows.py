@@ -67,7 +67,7 @@ BAD_ROWS = [
         {"messages": [{"role": "user", "content": []}]},
         'a message without "content"',
         "{'role': 'user', 'content': []}",
-        "a string, or a list of texts and pictures",
+        "a string, or a list of texts, pictures and videos",
     ),
     (
         {"messages": [*ASK, {"role": "assistant", "content": "no"}]},
@@ -79,7 +79,8 @@ BAD_ROWS = [
         {"messages": show({"type": "image_url", "image_url": {"url": "a.png"}})},
         "unknown part of a message",
         "{'type': 'image_url', 'image_url': {'url': 'a.png'}}",
-        '{"type": "text", "text": "…"} or {"type": "image", "path": "…"}',
+        '{"type": "text", "text": "…"}, {"type": "image", "path": "…"} or {"type": "video", "video": ["frames/1.png", '
+        '"frames/2.png", …], "fps": 2}',
     ),
     (
         {"messages": show({"type": "text", "text": None})},

@@ -22,7 +22,8 @@ _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|sys
 _NAMED = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% elif c.type == 'video' %}VIDEO{% else %}{{ c.text }}"
+    "{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPECS = {**llavas.SPECS, **gemmas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS}
@@ -34,6 +35,8 @@ MIXTURES = tuple(name for name in FAMILIES if name in moes.SPECS)
 TEXT_ONLY = tuple(name for name in FAMILIES if _SPECS[name].processor is None)
 PICTURES = {name: () if name in TEXT_ONLY else _SPECS[name].pictures for name in FAMILIES}
 """How many pictures one chat with each family may hold, as far as the tests go."""
+VIDEOS = tuple(name for name in FAMILIES if _SPECS[name].video)
+"""Those that take videos, where there is torchvision."""
 SIZES = ((24, 24), (40, 24), (24, 60), (12, 12), (33, 50))
 """Picture sizes that families treat differently."""
 
@@ -58,7 +61,7 @@ def build(family: str, folder: Path) -> Path:
     model.generation_config.pad_token_id = ids["<pad>"]
     model.generation_config.bos_token_id = ids["<s>"]
     model.save_pretrained(folder)
-    template = TEMPLATE.replace("IMAGE", spec.image)
+    template = TEMPLATE.replace("IMAGE", spec.image).replace("VIDEO", spec.video)
     if spec.processor is None:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
@@ -73,6 +76,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Return a noisy picture."""
     values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
+
+
+def film(frames: int, width: int = 24, height: int = 24, seed: int = 0) -> list[Image.Image]:
+    """Return the noisy frames of a video."""
+    return [picture(width, height, seed=1000 * (seed + 1) + number) for number in range(frames)]
 
 
 def messages(index: int, *, pictures: int = 1) -> list[dict[str, Any]]:

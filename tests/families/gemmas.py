@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
 
-from families.parts import IMAGE, SIZE, VOCAB, Family, get, pil, text, vision, without_video
+from families.parts import IMAGE, SIZE, VOCAB, Family, get, pil, text, vision, with_video
 
 GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 _GEMMA4 = {
@@ -74,7 +74,8 @@ def _gemma4(ids: dict[str, int]) -> Any:
 
 def _gemma4_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("gemma4", "Gemma4ImageProcessorPil")(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
-    return without_video("gemma4.Gemma4Processor")(
+    films = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return with_video("gemma4.Gemma4Processor", "gemma4", "Gemma4VideoProcessor", **films)(
         feature_extractor=get("gemma4.Gemma4AudioFeatureExtractor")(), image_processor=images, tokenizer=tokenizer
     )
 
@@ -122,6 +123,7 @@ SPECS: dict[str, Family] = {
         tokens=("<|video|>",),
         named=_GEMMA4,
         image="<|image|>",
+        video="<|video|>",
     ),
     "paligemma": Family(
         _paligemma,

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
 
-from families.parts import IMAGE, SIZE, Family, get, pil, text, vision, without_video
+from families.parts import IMAGE, SIZE, Family, get, pil, text, vision, with_video
 
 _GRID = [[24, 48], [48, 24], [48, 48]]
 _INTERN = {
@@ -70,7 +70,8 @@ def _llava_onevision(ids: dict[str, int]) -> Any:
 
 
 def _llava_onevision_processor(tokenizer: Any) -> ProcessorMixin:
-    return without_video("llava_onevision.LlavaOnevisionProcessor")(
+    package, name = "llava_onevision", "LlavaOnevisionVideoProcessor"
+    return with_video("llava_onevision.LlavaOnevisionProcessor", package, name, size=SIZE)(
         image_processor=pil("llava_onevision", "LlavaOnevisionImageProcessorPil")(
             size=SIZE, image_grid_pinpoints=_GRID
         ),
@@ -91,7 +92,7 @@ def _internvl(ids: dict[str, int]) -> Any:
 
 
 def _internvl_processor(tokenizer: Any) -> ProcessorMixin:
-    return without_video("internvl.InternVLProcessor")(
+    return with_video("internvl.InternVLProcessor", "internvl", "InternVLVideoProcessor", size=SIZE)(
         image_processor=pil("got_ocr2", "GotOcr2ImageProcessorPil")(size=SIZE, crop_to_patches=True, max_patches=2),
         tokenizer=tokenizer,
         image_seq_length=9,
@@ -165,7 +166,10 @@ def _video_llama_3_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("video_llama_3", "VideoLlama3ImageProcessorPil")(
         patch_size=4, size={"shortest_edge": 64, "longest_edge": 1024}
     )
-    return without_video("video_llama_3.VideoLlama3Processor")(image_processor=images, tokenizer=tokenizer)
+    size = {"shortest_edge": 64, "longest_edge": 1024}
+    path, package, name = "video_llama_3.VideoLlama3Processor", "video_llama_3", "VideoLlama3VideoProcessor"
+    whole = with_video(path, package, name, patch_size=4, size=size)
+    return whole(image_processor=images, tokenizer=tokenizer)
 
 
 SPECS: dict[str, Family] = {
@@ -179,6 +183,7 @@ SPECS: dict[str, Family] = {
         _llava_onevision_processor,
         named={**IMAGE, "video_token": "<video>"},
         image="<image>",
+        video="<video>",
     ),
     "internvl": Family(
         _internvl,
@@ -186,6 +191,7 @@ SPECS: dict[str, Family] = {
         _internvl_processor,
         named=_INTERN,
         image="<IMG_CONTEXT>",
+        video="<video>",
     ),
     "mistral3": Family(
         _mistral3,
@@ -214,5 +220,6 @@ SPECS: dict[str, Family] = {
         _video_llama_3_processor,
         named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
         image="<|image_pad|>",
+        video="<|video_pad|>",
     ),
 }

@@ -6,7 +6,8 @@ from typing import Any
 from transformers.processing_utils import ProcessorMixin
 
 from families import qwens
-from families.parts import IMAGE, MROPE, Family, get, pil, text, vision, without_video
+from families.parts import IMAGE, MROPE, Family, get, pil, text, vision
+from safeglasses.model import processors
 
 
 def _qwen3_vl_moe(ids: dict[str, int]) -> Any:
@@ -83,7 +84,7 @@ def _ernie_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("ernie4_5_vl_moe", "Ernie4_5_VLMoeImageProcessorPil")(
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
     )
-    return without_video("ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor")(image_processor=images, tokenizer=tokenizer)
+    return processors.without_video(get("ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor"))(images, tokenizer)
 
 
 def _aria(ids: dict[str, int]) -> Any:

@@ -3,9 +3,11 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from safeglasses.model import processors
 
@@ -31,6 +33,8 @@ class Family:
     """Named special tokens of the tokenizer (``image_token`` …)."""
     image: str = ""
     """What the chat template writes for a picture."""
+    video: str = ""
+    """What it writes for a video; nothing: the family takes none, as far as the tests go."""
     pictures: tuple[int, ...] = (0, 1, 2)
     """How many pictures one chat may hold, as far as the tests go."""
 
@@ -45,9 +49,19 @@ def pil(package: str, name: str) -> Any:
     return getattr(importlib.import_module(f"transformers.models.{package}.image_processing_pil_{package}"), name)
 
 
-def without_video(path: str) -> Any:
-    """Return a processor class without its video half, which would need torchvision."""
-    return processors.without_video(get(path))
+def with_video(path: str, package: str, name: str, **options: Any) -> Any:
+    """Return what makes a processor with its video half; without that half where there is no torchvision.
+
+    Args:
+        path: the processor's class.
+        package: where the class of its video processor is.
+        name: what that is called.
+        options: what it is made with.
+    """
+    if not is_torchvision_available():
+        return processors.without_video(get(path))
+    module = importlib.import_module(f"transformers.models.{package}.video_processing_{package}")
+    return partial(get(path), video_processor=getattr(module, name)(**options))
 
 
 def text(**more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
 
-from families.parts import MROPE, Family, get, pil, text, without_video
+from families.parts import MROPE, Family, get, pil, text, with_video
 
 _QWEN = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 _QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>")
@@ -98,7 +98,16 @@ def _qwen3_5(ids: dict[str, int]) -> Any:
 
 def _qwen_processor(path: str) -> Callable[[Any], ProcessorMixin]:
     images = pil("qwen2_vl", "Qwen2VLImageProcessorPil")(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
-    return lambda tokenizer: without_video(path)(image_processor=images, tokenizer=tokenizer)
+    third = "qwen3" in path
+    package, name = ("qwen3_vl", "Qwen3VLVideoProcessor") if third else ("qwen2_vl", "Qwen2VLVideoProcessor")
+    size = {"shortest_edge": 64, "longest_edge": 4096 if third else 1024}  # of all frames together, or of one
+    more = {"cap_pixels_per_frame": False}
+
+    def build(tokenizer: Any) -> ProcessorMixin:
+        whole = with_video(path, package, name, patch_size=4, merge_size=2, size=size, **more)
+        return whole(image_processor=images, tokenizer=tokenizer)
+
+    return build
 
 
 def _glm4v(ids: dict[str, int]) -> Any:
@@ -127,7 +136,9 @@ def _glm4v_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("glm4v", "Glm4vImageProcessorPil")(
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
     )
-    return without_video("glm4v.Glm4vProcessor")(image_processor=images, tokenizer=tokenizer)
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    whole = with_video("glm4v.Glm4vProcessor", "glm4v", "Glm4vVideoProcessor", patch_size=4, merge_size=2, size=size)
+    return whole(image_processor=images, tokenizer=tokenizer)
 
 
 def _glm46v(ids: dict[str, int]) -> Any:
@@ -139,7 +150,11 @@ def _glm46v_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("glm46v", "Glm46VImageProcessorPil")(
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2048}
     )
-    return without_video("glm46v.Glm46VProcessor")(image_processor=images, tokenizer=tokenizer)
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    whole = with_video(
+        "glm46v.Glm46VProcessor", "glm46v", "Glm46VVideoProcessor", patch_size=4, merge_size=2, size=size
+    )
+    return whole(image_processor=images, tokenizer=tokenizer)
 
 
 SPECS: dict[str, Family] = {
@@ -151,6 +166,7 @@ SPECS: dict[str, Family] = {
             tokens=_QWEN_TOKENS,
             named=_QWEN,
             image="<|vision_start|><|image_pad|><|vision_end|>",
+            video="<|vision_start|><|video_pad|><|vision_end|>",
         )
         for package, stem, config, processor in (
             ("qwen2_vl", "Qwen2VL", _qwen2_vl, "qwen2_vl.Qwen2VLProcessor"),
@@ -166,6 +182,7 @@ SPECS: dict[str, Family] = {
         tokens=_GLM_TOKENS,
         named={"image_token": "<|image|>", "video_token": "<|video|>"},
         image="<|begin_of_image|><|image|><|end_of_image|>",
+        video="<|begin_of_video|><|video|><|end_of_video|>",
     ),
     "glm46v": Family(
         _glm46v,
@@ -174,5 +191,6 @@ SPECS: dict[str, Family] = {
         tokens=_GLM_TOKENS,
         named={"image_token": "<|image|>", "video_token": "<|video|>"},
         image="<|begin_of_image|><|image|><|end_of_image|>",
+        video="<|begin_of_video|><|video|><|end_of_video|>",
     ),
 }

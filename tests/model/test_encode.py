@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils import is_torchvision_available
 
 import families
 from safeglasses.errors import SafeglassesError
@@ -215,7 +216,7 @@ def test_unequal_numbers_of_pictures(tiny_vlm: VLM) -> None:
         "the chats of one batch hold different numbers of pictures\n"
         "  given:    1, 2\n"
         "  expected: the same number in every chat\n"
-        "  do:       group them with safeglasses.model.vlm.batches"
+        "  do:       group them with safeglasses.model.vlm.batches, by Chat.layout"
     )
 
 
@@ -259,18 +260,87 @@ def test_chats_that_the_model_cannot_take(tiny_vlm: VLM, family: Callable[[str],
     )
 
 
-def test_videos_are_refused_and_their_frames_taken(tiny_vlm: VLM) -> None:
-    frames = [families.picture(24, 24, seed=seed) for seed in range(3)]
+def video(frames: object, **more: object) -> list[Chat]:
+    return [Chat([{"role": "user", "content": [{"type": "video", "video": frames, **more}]}])]
+
+
+def test_videos_are_refused_where_a_model_takes_none_and_their_frames_taken(family: Callable[[str], VLM]) -> None:
+    frames = families.film(3)
     with pytest.raises(SafeglassesError) as caught:
-        tiny_vlm.encode([Chat([{"role": "user", "content": [{"type": "video", "video": frames}]}])])
+        family("llava").encode(video(frames))
     assert str(caught.value) == (
-        "a message holds what is neither text nor picture\n"
-        "  given:    a part of type 'video' in chat 0\n"
-        '  expected: parts of type "text" or "image"\n'
-        "  do:       give the frames of a video as pictures, several in one message; leave sounds out"
+        "this model's processor takes no videos\n"
+        "  given:    a video in chat 0; LlavaProcessor\n"
+        "  expected: a model made for videos\n"
+        "  do:       give the frames as pictures, several in one message"
     )
     pictures = [{"type": "image", "image": frame} for frame in frames]
-    assert int(tiny_vlm.encode([Chat([{"role": "user", "content": pictures}])]).image_mask.sum()) == 27
+    assert int(family("llava").encode([Chat([{"role": "user", "content": pictures}])]).image_mask.sum()) == 27
+    with pytest.raises(SafeglassesError, match="a video was given to a text-only model"):
+        family("llama").encode(video(frames))
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="there is torchvision")
+def test_videos_without_torchvision(family: Callable[[str], VLM]) -> None:
+    for use in (family("qwen3_vl").encode, family("qwen3_vl").lengths):
+        with pytest.raises(SafeglassesError) as caught:
+            use(video(families.film(3)))
+        assert str(caught.value) == (
+            "videos need torchvision with this model\n"
+            "  given:    a video in chat 0; Qwen3VLProcessor, loaded without its video half\n"
+            "  expected: torchvision, which transformers prepares videos with\n"
+            "  do:       pip install torchvision, in the build that matches torch; or give the frames as pictures, "
+            "several in one message"
+        )
+
+
+@pytest.mark.parametrize(
+    ("frames", "more", "text"),
+    [
+        (
+            "clip.mp4",
+            {},
+            "a video that is no list of frames\n"
+            "  given:    str in chat 0\n"
+            '  expected: {"type": "video", "video": [PIL image, …]}\n'
+            "  do:       decode the video first, e.g. ffmpeg -i clip.mp4 -vf fps=2 frames/%04d.png",
+        ),
+        ([], {}, "a video that is no list of frames\n  given:    an empty list in chat 0"),
+        (
+            [families.picture(24, 24), families.picture(30, 24)],
+            {},
+            "the frames of a video differ in size\n"
+            "  given:    24 × 24 and 30 × 24 in chat 0\n"
+            "  expected: one size for all frames\n"
+            "  do:       resize them to one size, or give the frames as pictures, several in one message",
+        ),
+        (
+            families.film(2),
+            {"fps": 0},
+            'the "fps" of a video is no rate\n'
+            "  given:    0 in chat 0\n"
+            "  expected: frames a second: a number above 0, or no such field",
+        ),
+        (families.film(2), {"fps": float("nan")}, 'the "fps" of a video is no rate'),
+        (families.film(2), {"fps": "2"}, 'the "fps" of a video is no rate'),
+    ],
+)
+def test_what_is_no_video(tiny_vlm: VLM, frames: object, more: dict[str, object], text: str) -> None:
+    for use in (tiny_vlm.encode, tiny_vlm.lengths):
+        with pytest.raises(SafeglassesError) as caught:
+            use(video(frames, **more))
+        assert str(caught.value).startswith(text)
+
+
+def test_other_parts_are_refused(tiny_vlm: VLM) -> None:
+    with pytest.raises(SafeglassesError) as caught:
+        tiny_vlm.encode([Chat([{"role": "user", "content": [{"type": "audio", "audio": "bark.wav"}]}])])
+    assert str(caught.value) == (
+        "a message holds what is neither text nor picture nor video\n"
+        "  given:    a part of type 'audio' in chat 0\n"
+        '  expected: parts of type "text", "image" or "video"\n'
+        "  do:       leave it out"
+    )
 
 
 def test_no_chats(tiny_vlm: VLM) -> None:

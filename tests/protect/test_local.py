@@ -177,4 +177,4 @@ def test_a_prompt_keeps_its_pictures_in_front():
     prompt = Prompt.of(ask("what", "red", "blue"))
     assert [type(part).__name__ for part in prompt.saying("who").turns[-1].content] == ["Picture", "Picture", "Text"]
     assert prompt.saying("who").asked == "what"
-    assert prompt.without_pictures().pictures == ()
+    assert prompt.without_pictures().media == ()

@@ -6,7 +6,7 @@
 """
 
 from safeglasses.data.checks import Reader, check_pairs, prompts_of
-from safeglasses.data.pictures import Picture
+from safeglasses.data.pictures import Picture, Video
 from safeglasses.data.reading import read_examples
 from safeglasses.data.records import (
     CONDITIONS,
@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "Text",
     "Turn",
+    "Video",
     "assign_splits",
     "check_pairs",
     "prompts_of",

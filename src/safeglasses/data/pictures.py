@@ -1,4 +1,4 @@
-"""A `Picture` of a user's data: where it is, whether it is sound, and its pixels."""
+"""A `Picture` of a user's data: where it is, whether it is sound, and its pixels; a `Video` of such pictures."""
 
 import hashlib
 import io
@@ -128,3 +128,18 @@ class Picture:
             expected="an undamaged " + ", ".join(FORMATS),
             do=_SKIP,
         )
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video in a message: its frames in order, all of which a model is shown."""
+
+    frames: tuple[Picture, ...]
+    """At least one; all of one size."""
+    fps: float | None = None
+    """Frames a second. None: as many as the model's own processor takes."""
+
+    @property
+    def key(self) -> list[object]:
+        """The frames' hashes behind the rate: equal for equal videos."""
+        return ["video", self.fps, *(frame.key for frame in self.frames)]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from safeglasses.data.pictures import Picture
+from safeglasses.data.pictures import Picture, Video
 from safeglasses.data.records import Example, Examples
-from safeglasses.data.rows import FIELDS, ROW_PICTURES, SKIP, Pool, example_from
+from safeglasses.data.rows import FIELDS, ROW_PICTURES, ROW_VIDEOS, SKIP, SKIP_BAD, Pool, example_from
 from safeglasses.data.splits import assign_splits
 from safeglasses.data.tables import rows_of
 from safeglasses.errors import BadRow, SafeglassesError
@@ -87,6 +87,15 @@ class _Draft:
                 return BadRow(
                     f"{self.where}: {damage.what}", given=damage.given, expected=damage.expected, do=damage.do
                 )
+        for video in (part for part in self.example.media if isinstance(part, Video)):
+            sizes = list(dict.fromkeys(frame.size for frame in video.frames))
+            if len(sizes) > 1:
+                return BadRow(
+                    f"{self.where}: the frames of a video differ in size",
+                    given=" and ".join(f"{width} × {height}" for width, height in sizes[:2]),
+                    expected="one size for all frames of a video",
+                    do=f"resize them to one size, give them as pictures, or {SKIP_BAD}",
+                )
         first = earlier.get(self.example.id)
         if first is None:
             return None
@@ -116,7 +125,7 @@ def _damage(picture: Picture) -> BadRow | None:
 
 
 def _report(fields: set[str], skipped: list[str]) -> None:
-    for name in sorted(fields - {*FIELDS, *ROW_PICTURES}):
+    for name in sorted(fields - {*FIELDS, *ROW_PICTURES, *ROW_VIDEOS}):
         near = difflib.get_close_matches(name, FIELDS, n=1)
         logger.warning("the field %r of the data is not used%s", name, f"; is {near[0]!r} meant?" if near else "")
     if skipped:

@@ -5,11 +5,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from PIL import Image
 
-from safeglasses.data.pictures import Picture
+from safeglasses.data.pictures import Picture, Video
 from safeglasses.errors import SafeglassesError
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Turn:
 
     role: str
     """``system``, ``user`` or ``assistant``."""
-    content: tuple[Text | Picture, ...]
-    """Texts and pictures in the order in which the model sees them."""
+    content: tuple[Text | Picture | Video, ...]
+    """Texts, pictures and videos in the order in which the model sees them."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,36 @@ class Example:
         return self.label == "toxic"
 
     @property
+    def media(self) -> tuple[Picture | Video, ...]:
+        """The pictures and videos of the prompt in order."""
+        return media_of(self.messages)
+
+    @property
     def pictures(self) -> tuple[Picture, ...]:
-        """The pictures of the prompt in order."""
-        return tuple(part for turn in self.messages for part in turn.content if isinstance(part, Picture))
+        """The pictures of the prompt in order, the frames of its videos among them."""
+        shown = (part.frames if isinstance(part, Video) else (part,) for part in self.media)
+        return tuple(picture for pictures in shown for picture in pictures)
 
     @property
     def n_images(self) -> int:
-        """Number of pictures in the prompt."""
-        return len(self.pictures)
+        """Number of pictures in the prompt, frames of videos not counted."""
+        return self.layout[0]
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames of all videos in the prompt."""
+        return sum(self.layout[1:])
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Number of pictures, then of the frames of each video, as `Chat.layout`: equal within a batch."""
+        return layout_of(self.media)
 
     @cached_property
     def prompt_key(self) -> str:
         """SHA-256 of the messages, the bytes of the pictures included: equal for equal prompts."""
         return _digest(
-            [turn.role, [part.text if isinstance(part, Text) else [part.key] for part in turn.content]]
+            [turn.role, [part.text if isinstance(part, Text) else _key(part) for part in turn.content]]
             for turn in self.messages
         )
 
@@ -122,22 +138,10 @@ class Example:
     def chat_with(
         self, opened: Callable[[Picture], Image.Image], *, with_response: bool = True
     ) -> "safeglasses.model.chat.Chat":
-        """Return the chat with ``opened(picture)`` in place of each picture."""
+        """Return the chat with ``opened(picture)`` in place of each picture and each frame."""
         from safeglasses.model.chat import Chat  # torch is only needed where models are
 
-        messages = [
-            {
-                "role": turn.role,
-                "content": [
-                    {"type": "text", "text": part.text}
-                    if isinstance(part, Text)
-                    else {"type": "image", "image": opened(part)}
-                    for part in turn.content
-                ],
-            }
-            for turn in self.messages
-        ]
-        return Chat(messages, self.response if with_response else None)
+        return Chat(chat_messages(self.messages, opened), self.response if with_response else None)
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,42 @@ class Examples(Sequence[Example]):
 
     def _with(self, rows: Iterable[Example]) -> "Examples":
         return replace(self, rows=tuple(rows), sha256="")
+
+
+def media_of(messages: Iterable[Turn]) -> tuple[Picture | Video, ...]:
+    """Return the pictures and videos of a chat in order."""
+    return tuple(part for turn in messages for part in turn.content if not isinstance(part, Text))
+
+
+def layout_of(media: Iterable[Picture | Video]) -> tuple[int, ...]:
+    """Return the number of pictures, then of the frames of each video."""
+    shown = tuple(media)
+    films = [part for part in shown if isinstance(part, Video)]
+    return (len(shown) - len(films), *(len(film.frames) for film in films))
+
+
+def chat_messages(
+    turns: Iterable[Turn], opened: Callable[[Picture], Image.Image] = Picture.open
+) -> list[dict[str, Any]]:
+    """Return turns as a model's `Chat` holds them, with ``opened(picture)`` in place of each picture and each frame.
+
+    Raises:
+        BadRow: a picture has gone or has been damaged since it was read.
+    """
+
+    def part_of(part: Text | Picture | Video) -> dict[str, Any]:
+        if isinstance(part, Text):
+            return {"type": "text", "text": part.text}
+        if isinstance(part, Picture):
+            return {"type": "image", "image": opened(part)}
+        rate = {} if part.fps is None else {"fps": part.fps}
+        return {"type": "video", "video": [opened(frame) for frame in part.frames], **rate}
+
+    return [{"role": turn.role, "content": [part_of(part) for part in turn.content]} for turn in turns]
+
+
+def _key(part: Picture | Video) -> list[object]:
+    return [part.key] if isinstance(part, Picture) else part.key
 
 
 def _digest(value: Iterable[object]) -> str:

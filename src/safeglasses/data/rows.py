@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safeglasses.data.pictures import Picture
+from safeglasses.data.pictures import Picture, Video
 from safeglasses.data.records import CONDITIONS, LABELS, SPLITS, Condition, Example, Split, Text, Turn
 from safeglasses.errors import BadRow
 
@@ -29,13 +29,16 @@ FIELDS = (
 )
 ROW_PICTURES = ("images", "image", "file_name")
 """Columns with a row's pictures, for ``{"type": "image"}`` parts without one (TRL, datasets, ImageFolder)."""
+ROW_VIDEOS = ("videos", "video")
+"""Columns with a row's videos, for ``{"type": "video"}`` parts without one: lists of frames, and one such list."""
 ROLES = ("system", "user", "assistant")
-_SKIP = "leave bad rows out with --skip-bad (in Python: skip_bad=True)"
-SKIP = f"mend the row, or {_SKIP}"
+SKIP_BAD = "leave bad rows out with --skip-bad (in Python: skip_bad=True)"
+SKIP = f"mend the row, or {SKIP_BAD}"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _MESSAGES = '"messages": [{"role": "user", "content": "…"}]'
 _TEXT = '{"type": "text", "text": "…"}'
 _IMAGE = '{"type": "image", "path": "…"}'
+_VIDEO = '{"type": "video", "video": ["frames/1.png", "frames/2.png", …], "fps": 2}'
 _Word = TypeVar("_Word")
 
 
@@ -153,17 +156,18 @@ def _messages(row: Row, pool: Pool) -> tuple[Turn, ...]:
         raise row.bad('no "messages"', given=f"the fields {fields}", expected=_MESSAGES)
     if not isinstance(value, list):
         raise row.bad('"messages" is not a list', given=short(value), expected=_MESSAGES)
-    spare = iter(_row_pictures(row, pool))
+    spare = _Spare(iter(_row_pictures(row, pool)), iter(_row_videos(row, pool)))
     turns = tuple(_turn(row, pool, message, spare) for message in value)
-    if not any(isinstance(part, Picture) or part.text.strip() for turn in turns for part in turn.content):
+    if not any(not isinstance(part, Text) or part.text.strip() for turn in turns for part in turn.content):
         raise row.bad('empty "messages"', given=short(value), expected="some text or a picture")
-    left = sum(1 for _ in spare)
-    if left:
-        raise row.bad(
-            "pictures of the row that no message shows",
-            given=f"{left} in {next(name for name in ROW_PICTURES if row.fields.get(name) is not None)!r}",
-            expected='a part {"type": "image"} in the "content" where each belongs',
-        )
+    for kind, left, names in (("image", spare.pictures, ROW_PICTURES), ("video", spare.videos, ROW_VIDEOS)):
+        count = sum(1 for _ in left)
+        if count:
+            raise row.bad(
+                f"{'pictures' if kind == 'image' else 'videos'} of the row that no message shows",
+                given=f"{count} in {next(name for name in names if row.fields.get(name) is not None)!r}",
+                expected=f'a part {{"type": "{kind}"}} in the "content" where each belongs',
+            )
     if turns[-1].role != "user":
         raise row.bad(
             "the last message is not the user's",
@@ -173,7 +177,17 @@ def _messages(row: Row, pool: Pool) -> tuple[Turn, ...]:
     return turns
 
 
-def _turn(row: Row, pool: Pool, message: object, spare: Iterator[Picture]) -> Turn:
+@dataclass(frozen=True)
+class _Spare:
+    """What a row's columns hold for the parts that name nothing themselves."""
+
+    pictures: Iterator[Picture]
+    """In order."""
+    videos: Iterator[Video]
+    """In order."""
+
+
+def _turn(row: Row, pool: Pool, message: object, spare: _Spare) -> Turn:
     if not isinstance(message, Mapping):
         raise row.bad("a message is not a table", given=short(message), expected=_MESSAGES)
     role, content = message.get("role"), message.get("content")
@@ -183,15 +197,17 @@ def _turn(row: Row, pool: Pool, message: object, spare: Iterator[Picture]) -> Tu
     if isinstance(content, str):
         return Turn(role, (Text(content),))
     if not isinstance(content, list) or not content:
-        expected = "a string, or a list of texts and pictures"
+        expected = "a string, or a list of texts, pictures and videos"
         raise row.bad('a message without "content"', given=short(message), expected=expected)
     return Turn(role, tuple(_part(row, pool, part, spare) for part in content))
 
 
-def _part(row: Row, pool: Pool, part: object, spare: Iterator[Picture]) -> Text | Picture:
+def _part(row: Row, pool: Pool, part: object, spare: _Spare) -> Text | Picture | Video:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or kind not in {"text", "image"}:
-        raise row.bad("unknown part of a message", given=short(part), expected=f"{_TEXT} or {_IMAGE}")
+    if not isinstance(part, Mapping) or kind not in {"text", "image", "video"}:
+        raise row.bad("unknown part of a message", given=short(part), expected=f"{_TEXT}, {_IMAGE} or {_VIDEO}")
+    if kind == "video":
+        return _video_part(row, pool, part, spare)
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise row.bad('a text part without "text"', given=short(part), expected=_TEXT)
@@ -201,10 +217,43 @@ def _part(row: Row, pool: Pool, part: object, spare: Iterator[Picture]) -> Text 
             return _picture(row, pool, part[name])
     if part.get("path") is not None or part.get("bytes") is not None:
         return _picture(row, pool, part)
-    picture = next(spare, None)
+    picture = next(spare.pictures, None)
     if picture is None:
         raise row.bad("an image part without a picture", given=short(part), expected=_IMAGE)
     return picture
+
+
+def _video_part(row: Row, pool: Pool, part: Mapping[str, Any], spare: _Spare) -> Video:
+    fps = part.get("fps")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):
+        raise row.bad(
+            'the "fps" of a video is no rate', given=short(fps), expected="a number above 0, or no such field"
+        )
+    value = next((part[name] for name in ("video", "path", "url", "bytes") if part.get(name) is not None), None)
+    video = next(spare.videos, None) if value is None else _video(row, pool, value)
+    if video is None:
+        raise row.bad("a video part without a video", given=short(part), expected=_VIDEO)
+    return Video(video.frames, None if fps is None else float(fps))
+
+
+def _video(row: Row, pool: Pool, value: object) -> Video:
+    if not isinstance(value, list) or not value:
+        raise row.bad(
+            "a video that is no list of frames",
+            given="bytes" if isinstance(value, bytes) else short(value),
+            expected=_VIDEO,
+            do=f"write its frames as pictures first, e.g. ffmpeg -i clip.mp4 -vf fps=2 frames/%04d.png, or {SKIP_BAD}",
+        )
+    return Video(tuple(_picture(row, pool, frame) for frame in value))
+
+
+def _row_videos(row: Row, pool: Pool) -> list[Video]:
+    for name in ROW_VIDEOS:
+        value = row.fields.get(name)
+        if value is not None:
+            many = isinstance(value, list) and bool(value) and all(isinstance(video, list) for video in value)
+            return [_video(row, pool, video) for video in (value if many else [value])]
+    return []
 
 
 def _row_pictures(row: Row, pool: Pool) -> list[Picture]:
@@ -232,6 +281,6 @@ def _picture(row: Row, pool: Pool, value: object) -> Picture:
             "a picture on the network",
             given=short(value),
             expected="a local file, which stays what it was",
-            do=f"download it and give its path, or {_SKIP}",
+            do=f"download it and give its path, or {SKIP_BAD}",
         )
     return pool.at(row.folder / value)

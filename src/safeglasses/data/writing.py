@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from safeglasses.data.pictures import FORMATS, Picture
+from safeglasses.data.pictures import FORMATS, Picture, Video
 from safeglasses.data.records import Example, Text
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import atomic_write_bytes, atomic_write_text
@@ -38,6 +38,8 @@ def _row(example: Example, folder: Path) -> dict[str, object]:
                 {"type": "text", "text": part.text}
                 if isinstance(part, Text)
                 else {"type": "image", "path": _place(part, folder)}
+                if isinstance(part, Picture)
+                else _video(part, folder)
                 for part in turn.content
             ],
         }
@@ -58,6 +60,11 @@ def _row(example: Example, folder: Path) -> dict[str, object]:
         "slots": dict(example.slots) or None,
     }
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _video(video: Video, folder: Path) -> dict[str, object]:
+    frames: dict[str, object] = {"type": "video", "video": [_place(frame, folder) for frame in video.frames]}
+    return frames if video.fps is None else {**frames, "fps": video.fps}
 
 
 def _place(picture: Picture, folder: Path) -> str:

@@ -14,7 +14,7 @@ from inspect_ai.model import (
     ContentText,
 )
 
-from safeglasses.data.examples import SPLITS, Example, Text, Turn, read_examples
+from safeglasses.data.examples import SPLITS, Example, Text, Turn, Video, read_examples
 from safeglasses.data.open import open_prompts
 from safeglasses.errors import SafeglassesError
 from safeglasses.evals.solvers import wrapper_of
@@ -72,6 +72,14 @@ def samples(
             expected="at least one row; there is no rate of an empty set",
             do="name another split with -T split=…, or give rows that it holds",
         )
+    films = [row.id for row in rows if row.n_frames]
+    if films:
+        raise SafeglassesError(
+            "videos do not go through Inspect here",
+            given=f"{len(films)} row(s) with videos, the first {films[0]!r}",
+            expected="rows of text and pictures: its messages hold whole files of videos, and ours hold frames",
+            do="measure them with safeglasses measure --log-dir, or give the frames as pictures",
+        )
     found = [sample_of(row) for row in rows]
     for sample in found if wrapper is not None else ():
         sample.metadata = {**(sample.metadata or {}), "condition": "adversarial", "wrapper": wrapper}
@@ -101,9 +109,17 @@ def sample_of(example: Example) -> Sample:
 
 
 def message_of(turn: Turn) -> ChatMessage:
-    """Return a turn as a message, pictures as data URIs: a log then needs no other file."""
+    """Return a turn as a message, pictures as data URIs: a log then needs no other file.
+
+    A video becomes its frames: enough for a log to show, and no task that asks a model gets here with one.
+    """
     parts: list[Content] = [
-        ContentText(text=part.text) if isinstance(part, Text) else ContentImage(image=data_uri(part))
+        content
         for part in turn.content
+        for content in (
+            [ContentText(text=part.text)]
+            if isinstance(part, Text)
+            else [ContentImage(image=data_uri(still)) for still in (part.frames if isinstance(part, Video) else [part])]
+        )
     ]
     return _ROLES[turn.role](content=parts)

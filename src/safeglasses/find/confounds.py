@@ -72,6 +72,7 @@ def columns_of(examples: Sequence[Example], lengths: Mapping[str, Int[Tensor, " 
         "condition": [example.condition for example in examples],
         "modality": [example.modality for example in examples],
         "n_images": [str(example.n_images) for example in examples],
+        "n_frames": [str(example.n_frames) for example in examples],
     }
     for name in ("category", "modality"):
         known = {e.is_toxic for e, value in zip(examples, categories[name], strict=True) if value is not None}

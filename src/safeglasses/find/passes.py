@@ -115,7 +115,7 @@ def plan(vlm: VLM, examples: Sequence[Example], batch_size: int | str = "auto") 
 
     lengths = vlm.lengths([e.chat_with(lambda picture: blank(picture.size)) for e in examples])  # sizes are enough
     area = [sum(picture.size[0] * picture.size[1] for picture in e.pictures) for e in examples]
-    keys = [(e.n_images, n, pixels) for e, n, pixels in zip(examples, lengths, area, strict=True)]
+    keys = [(e.layout, n, pixels) for e, n, pixels in zip(examples, lengths, area, strict=True)]
     return batches(keys, AUTO_ROWS, AUTO_TOKENS) if batch_size == "auto" else batches(keys, int(batch_size))
 
 

@@ -77,7 +77,7 @@ class Keep:
 
     def __init__(self, vlm: VLM, examples: Sequence[Example], size: int) -> None:
         chats = [e.chat() for e in examples]
-        order = batches([(e.n_images, n) for e, n in zip(examples, vlm.lengths(chats), strict=True)], size)
+        order = batches([(e.layout, n) for e, n in zip(examples, vlm.lengths(chats), strict=True)], size)
         self.batches = [vlm.encode([chats[i] for i in rows], padding_side="left", end_of_turn=True) for rows in order]
         with torch.no_grad():
             self.base: list[Forced] = [force(vlm, b.to(vlm.device)) for b in self.batches]
@@ -92,7 +92,7 @@ def _encode(vlm: VLM, contrasts: Sequence[Contrast], size: int) -> list[Batch]:
     """Encode contrasts as batches whose first half is toxic and whose second half is benign."""
     toxic = [replace(c.prompt, response=c.toxic).chat() for c in contrasts]
     benign = [replace(c.prompt, response=c.benign).chat() for c in contrasts]
-    keys = [(c.prompt.n_images, n) for c, n in zip(contrasts, vlm.lengths(toxic), strict=True)]
+    keys = [(c.prompt.layout, n) for c, n in zip(contrasts, vlm.lengths(toxic), strict=True)]
     return [
         vlm.encode([toxic[i] for i in rows] + [benign[i] for i in rows], padding_side="left", end_of_turn=True)
         for rows in batches(keys, size)

@@ -36,7 +36,7 @@ def fluency(
         SafeglassesError: the model computes NaN, or one row alone exceeds the memory.
     """
     found: dict[int, Fluency] = {}
-    keys = list(zip((e.n_images for e in examples), vlm.lengths([e.chat() for e in examples]), strict=True))
+    keys = list(zip((e.layout for e in examples), vlm.lengths([e.chat() for e in examples]), strict=True))
     size = resolve_batch_size(vlm, batch_size)
     for group in _groups(vlm, batches(keys, size)):
         base: dict[int, Tensor] = {}

@@ -102,7 +102,7 @@ def respond(
         )
     items = [(example, sample) for example in examples for sample in range(samples)]
     size = resolve_batch_size(vlm, batch_size)
-    plan = batches([(e.n_images, _text_length(e)) for e, _ in items], size)
+    plan = batches([(e.layout, _text_length(e)) for e, _ in items], size)
     record: Journal[Row] | None = None
     if journal is not None:
         record = Journal(Path(journal), _header(vlm, items, decoding, defence, size), plan, kind=Row)

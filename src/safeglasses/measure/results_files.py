@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeglasses import __version__
-from safeglasses.data.examples import Text
+from safeglasses.data.examples import Picture, Text, Video
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import atomic_write_bytes, atomic_write_text, write_json
 from safeglasses.measure.disputes import agreement_records
@@ -262,8 +262,12 @@ def _sample(number: int, answer: "Answer", item: Item, decoding: Mapping[str, An
     }
 
 
-def _part(part: Any) -> dict[str, str]:
-    return {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image", "sha256": part.key}
+def _part(part: Text | Picture | Video) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, Picture):
+        return {"type": "image", "sha256": part.key}
+    return {"type": "video", "fps": part.fps, "sha256": [frame.key for frame in part.frames]}
 
 
 def _encoded(record: Mapping[str, Any]) -> bytes:

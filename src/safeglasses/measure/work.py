@@ -61,7 +61,7 @@ def _each(
     items: Sequence[T], chat: Callable[[T], Chat], run: Callable[[Sequence[T]], Sequence[R]]
 ) -> list[R | SafeglassesError]:
     found: dict[int, R | SafeglassesError] = {}
-    keys = [(len(chat(item).images), _text_length(chat(item))) for item in items]
+    keys = [(chat(item).layout, _text_length(chat(item))) for item in items]
     for group in batches(keys, len(items)):
         results, _ = in_pieces(group, len(group), lambda rows: _tried([items[i] for i in rows], run))
         found |= dict(zip(group, results, strict=True))

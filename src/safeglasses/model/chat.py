@@ -21,37 +21,31 @@ class Chat:
 
     messages: Sequence[Message]
     """``{"role": …, "content": [{"type": "image", "image": PIL image}, {"type": "text", "text": …}]}``;
-    a content may also be a plain string."""
+    a content may also be a plain string. A video is ``{"type": "video", "video": [PIL image, …], "fps": number}``:
+    frames of one size, all of which the model is shown; without ``fps`` as many a second as its processor takes."""
     response: str | None = None
     """The assistant's answer to the last message; None: the prompt alone."""
 
     @property
     def images(self) -> list[Image.Image]:
         """The pictures in the order of the conversation."""
-        return [
-            part["image"]
-            for message in self.messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
+        return [part["image"] for part in self.parts if part["type"] == "image"]
 
+    @property
+    def videos(self) -> list[Mapping[str, Any]]:
+        """The parts that are videos, in the order of the conversation."""
+        return [part for part in self.parts if part["type"] == "video"]
 
-def check_parts(chats: Sequence[Chat]) -> None:
-    """Check that messages hold texts and pictures alone.
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Number of pictures, then of the frames of each video: what the chats of one batch have in common."""
+        return (len(self.images), *(len(part["video"]) for part in self.videos))
 
-    Raises:
-        SafeglassesError: a video, a sound or another kind of part.
-    """
-    for index, chat in enumerate(chats):
-        contents = [message["content"] for message in chat.messages if not isinstance(message["content"], str)]
-        for part in (part for content in contents for part in content if part["type"] not in ("text", "image")):
-            raise SafeglassesError(
-                "a message holds what is neither text nor picture",
-                given=f"a part of type {part['type']!r} in chat {index}",
-                expected='parts of type "text" or "image"',
-                do="give the frames of a video as pictures, several in one message; leave sounds out",
-            )
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        """The parts of all messages whose content is no plain string."""
+        contents = [message["content"] for message in self.messages if not isinstance(message["content"], str)]
+        return [part for content in contents for part in content]
 
 
 def without_pictures(messages: Sequence[Message]) -> list[Message]:
@@ -81,7 +75,7 @@ class Batch:
     response_mask: Bool[Tensor, "sample token"]
     """Tokens of the response."""
     image_mask: Bool[Tensor, "sample token"]
-    """Picture tokens (the placeholder, where pictures enter by cross-attention)."""
+    """Tokens of pictures and of videos' frames (the placeholder, where pictures enter by cross-attention)."""
     thought_mask: Bool[Tensor, "sample token"] | None = None
     """Tokens of the response that a thinking model thinks before its answer, marks included. None: there are none."""
     encoder: "Batch | None" = None
@@ -152,11 +146,11 @@ class Batch:
         )
 
 
-def batches(keys: Sequence[tuple[int, ...]], size: int, tokens: int | None = None) -> list[list[int]]:
+def batches(keys: Sequence[tuple[Any, ...]], size: int, tokens: int | None = None) -> list[list[int]]:
     """Return indices in batches of at most ``size``: similar keys together, in a fixed order.
 
     Args:
-        keys: per chat (number of pictures, length in tokens, …); a batch never mixes the first entry.
+        keys: per chat (`Chat.layout`, length in tokens, …); a batch never mixes the first entry.
         size: largest number of chats in a batch, at least 1.
         tokens: most tokens in a batch of several chats, padding included.
     """

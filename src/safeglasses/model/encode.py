@@ -1,6 +1,6 @@
 """Turn chats into batches through a checkpoint's own chat template; count tokens without running a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
-from safeglasses.model.chat import Batch, Chat, check_parts, without_pictures
+from safeglasses.model.chat import Batch, Chat, without_pictures
+from safeglasses.model.checks import check_chats, check_parts, check_told_apart
 from safeglasses.model.pictures import picture_mask
 from safeglasses.model.processors import Processor, tokenizer_of
 from safeglasses.model.thought import opened, thought_tokens
+from safeglasses.model.videos import size_of, video_options, with_stand_ins
 
 Side = Literal["right", "left"]
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -52,8 +54,9 @@ class Encoder:
 
     def encode(self, chats: Sequence[Chat], padding_side: Side, *, end_of_turn: bool = False) -> Batch:
         """Encode chats as one batch; see `VLM.encode`."""
-        self._check(chats)
-        prompts = self._apply([_conversation(chat, self.processor) for chat in chats], tokenize=True)
+        check_chats(chats, self.processor, needs_picture=self.needs_picture)
+        asked = [_conversation(chat, self.processor) for chat in chats]
+        prompts = self._apply(asked, tokenize=True, videos=video_options(chats, self.processor))
         ending = [self.end_of_turn] if end_of_turn else []
         responses = [ids + ending if (ids := self.response_ids(chat)) else ids for chat in chats]
         kept = {
@@ -63,9 +66,13 @@ class Encoder:
             and name != "labels"  # PaliGemma's processor makes them, for training
             and (name in self.accepted or not name.endswith("type_ids"))
         }
-        kept = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in kept.items()}
+        kept = {  # one number a video is no pixel: Qwen2.5-VL's seconds between frames are exact
+            name: value.to(self.dtype) if value.is_floating_point() and value.ndim > 1 else value
+            for name, value in kept.items()
+        }
         mask = kept["attention_mask"].bool()
         is_image = self._is_image(prompts, chats)
+        check_told_apart(chats, kept, kept["input_ids"][is_image])
         if self.start_ids:
             return self._of_both(kept, mask, is_image, responses, self._thoughts(chats, responses))
         pad: Any = self.tokenizer.pad_token_id or 0
@@ -146,7 +153,7 @@ class Encoder:
         ]
 
     def _is_image(self, prompts: Any, chats: Sequence[Chat]) -> Tensor:
-        if not any(chat.images for chat in chats):
+        if not any(chat.images or chat.videos for chat in chats):
             return torch.zeros_like(prompts["attention_mask"], dtype=torch.bool)
 
         def bare() -> Sequence[list[int]]:
@@ -158,7 +165,8 @@ class Encoder:
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
         """Return token counts; see `VLM.lengths`."""
-        extra: dict[tuple[tuple[int, int], ...], int] = {} if self.start_ids else {(): 0}
+        check_parts(chats, self.processor)
+        extra: dict[tuple[tuple[int | float, ...], ...], int] = {} if self.start_ids else {(): 0}
         out: list[int] = []
         if not chats:
             return out
@@ -167,9 +175,9 @@ class Encoder:
         special = special and not isinstance(self.processor, PreTrainedTokenizerBase)
         plain = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
         for chat, ids in zip(chats, plain, strict=True):
-            sizes = tuple(image.size for image in chat.images)
+            sizes = (*(image.size for image in chat.images), *(size_of(video) for video in chat.videos))
             if sizes not in extra:
-                prompt = self.encode([Chat(chat.messages)], "right")
+                prompt = self.encode([Chat(with_stand_ins(chat.messages))], "right")
                 extra[sizes] = int(prompt.n_tokens[0]) - len(ids)
             out.append(len(ids) + extra[sizes] + len(self.response_ids(chat)))
         return out
@@ -203,13 +211,15 @@ class Encoder:
             ids = list(self.tokenizer(chat.response, **options)["input_ids"])
         return ids
 
-    def _apply(self, conversations: list[list[dict[str, Any]]], *, tokenize: bool) -> Any:
+    def _apply(
+        self, conversations: list[list[dict[str, Any]]], *, tokenize: bool, videos: Mapping[str, Any] | None = None
+    ) -> Any:
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": tokenize}
         padding = {"padding": True, "padding_side": "right"}
         if tokenize:
             options |= {"return_dict": True, "return_tensors": "pt"}
             flat = isinstance(self.processor, PreTrainedTokenizerBase)
-            options |= padding if flat else {"processor_kwargs": padding}
+            options |= padding if flat else {"processor_kwargs": {**padding, **(videos or {})}}
         try:
             return self.processor.apply_chat_template(conversations, **options)
         except (ValueError, TemplateError) as error:
@@ -219,33 +229,6 @@ class Encoder:
                 expected="roles in an order that the template knows, and no picture placeholder in the texts",
                 do="mend the messages: drop system turns, join turns of one role, remove <image> etc.",
             ) from error
-
-    def _check(self, chats: Sequence[Chat]) -> None:
-        check_parts(chats)
-        counts = [len(chat.images) for chat in chats]
-        if not counts:
-            raise SafeglassesError("no chats to encode", expected="at least one")
-        if any(counts) and isinstance(self.processor, PreTrainedTokenizerBase):
-            raise SafeglassesError(
-                "a picture was given to a text-only model",
-                given=f"{max(counts)} picture(s) in chat {counts.index(max(counts))}",
-                expected="chats with text alone",
-                do="use a vision-language model, or take the pictures out of the examples",
-            )
-        if self.needs_picture and not all(counts):
-            raise SafeglassesError(
-                "this model does not answer without a picture",
-                given=f"no picture in chat {counts.index(0)}",
-                expected="a picture in every chat: the model's forward demands pixel_values",
-                do="give every example a picture, or leave those without out",
-            )
-        if len(set(counts)) > 1:
-            raise SafeglassesError(
-                "the chats of one batch hold different numbers of pictures",
-                given=", ".join(map(str, counts)),
-                expected="the same number in every chat",
-                do="group them with safeglasses.model.vlm.batches",
-            )
 
 
 def _conversation(chat: Chat, processor: Processor) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from safeglasses.model.loading import is_multimodal
 
 _log = logging.getLogger(__name__)
 
-_VIDEO = "video_processor"
+VIDEO = "video_processor"
+"""The part of a processor that prepares videos."""
 Processor = ProcessorMixin | PreTrainedTokenizerBase
 
 
@@ -69,6 +70,12 @@ def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
     return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
 
 
+def without_video_half(processor: Processor) -> bool:
+    """Say whether a processor's class has a part for videos that this processor was loaded without."""
+    classes = [kind for kind in type(processor).__mro__ if issubclass(kind, ProcessorMixin)]
+    return any(VIDEO in kind.get_attributes() for kind in classes) and getattr(processor, VIDEO, None) is None
+
+
 def save_processor(processor: Processor, source: str, revision: str | None, folder: Path) -> None:
     """Write a processor's files, and what the source says about videos even if it was left out at loading.
 
@@ -95,19 +102,19 @@ def without_video(known: Any) -> Any:
         ImportError: the class as a whole needs torchvision.
     """
     every = known.get_attributes()
-    parts = [part for part in every if part != _VIDEO]
+    parts = [part for part in every if part != VIDEO]
     if len(parts) == len(every):
         return known
 
     def handed_on(self: Any, *args: Any, **options: Any) -> None:
-        options.pop(_VIDEO, None)
-        kept = (arg for arg, part in zip(args, every, strict=False) if part != _VIDEO)
+        options.pop(VIDEO, None)
+        kept = (arg for arg, part in zip(args, every, strict=False) if part != VIDEO)
         ProcessorMixin.__init__(self, *kept, **options)
 
     base = type(ProcessorMixin.__name__, (ProcessorMixin,), {"__init__": handed_on})  # what the class's super() finds
     members = {
         "get_attributes": classmethod(lambda _cls: list(parts)),
-        "__init__": _with_default(known.__init__, _VIDEO),
+        "__init__": _with_default(known.__init__, VIDEO),
         "save_pretrained": ProcessorMixin.save_pretrained,  # one of their own may save files of the video half
     }
     return type(known.__name__, (known, base), members)

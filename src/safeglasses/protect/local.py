@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from safeglasses.data.pictures import Picture
-from safeglasses.data.records import Text
+from safeglasses.data.records import chat_messages
 from safeglasses.defend.defence import Defence
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure import work
@@ -110,11 +109,7 @@ def _asked(one: Ask, decoding: Decoding) -> work.Asked:
 
 def chat_of(prompt: Prompt) -> Chat:
     """Return what a model reads, pictures decoded."""
-    return Chat([{"role": turn.role, "content": [_content(part) for part in turn.content]} for turn in prompt.turns])
-
-
-def _content(part: Text | Picture) -> dict[str, Any]:
-    return {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image", "image": part.open()}
+    return Chat(chat_messages(prompt.turns))
 
 
 class _Contrasted(LogitsProcessor):

@@ -49,7 +49,7 @@ class Ecso:
     def steps(self, prompt: Prompt, inner: Inner, log: Log) -> Steps[str]:
         """Answer, check, describe, answer again."""
         text = yield from inner(prompt)
-        if not prompt.pictures:
+        if not prompt.media:
             log.note(self.name, "no picture")
             return text
         try:

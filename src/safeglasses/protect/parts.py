@@ -137,7 +137,7 @@ class Typographic:
     def steps(self, prompt: Prompt, inner: Inner, log: Log) -> Steps[str]:
         """Read, check, and only then ask."""
         try:
-            unsafe = (yield from self._unsafe(prompt, log)) if prompt.pictures else False
+            unsafe = (yield from self._unsafe(prompt, log)) if prompt.media else False
         except Failed as error:
             failed(self.name, self.on_failure, error, log)
             unsafe = False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from safeglasses.data.examples import Example
+from safeglasses.data.records import layout_of
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.journal import Journal, Line
 from safeglasses.measure.respond import Decoding
@@ -120,7 +121,7 @@ def protect(
     if not examples:
         raise SafeglassesError("nothing to answer", given="no prompts")
     prompts = [Prompt.of(example) for example in examples]
-    plan = batches([(len(p.pictures), len(p.text)) for p in prompts], batch_size)
+    plan = batches([(layout_of(p.media), len(p.text)) for p in prompts], batch_size)
     record: Journal[Kept] | None = None
     if journal is not None:
         header = _header(strategy, examples, answerer, decoding, batch_size)

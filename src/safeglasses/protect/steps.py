@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from safeglasses.data.pictures import Picture
-from safeglasses.data.records import Example, Text, Turn
+from safeglasses.data.pictures import Picture, Video
+from safeglasses.data.records import Example, Text, Turn, media_of
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.verdicts import Judge, Verdict
 
@@ -56,15 +56,14 @@ class Prompt:
         return cls(example.id, example.messages, _text(example.messages[-1]), example.language)
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """All pictures of the chat, in order."""
-        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, Picture))
+    def media(self) -> tuple[Picture | Video, ...]:
+        """All pictures and videos of the chat, in order."""
+        return media_of(self.turns)
 
     def saying(self, text: str) -> "Prompt":
-        """Return the prompt with another text, behind its pictures, in the last turn."""
+        """Return the prompt with another text, behind its pictures and videos, in the last turn."""
         last = self.turns[-1]
-        pictures = tuple(part for part in last.content if isinstance(part, Picture))
-        return replace(self, turns=(*self.turns[:-1], Turn(last.role, (*pictures, Text(text)))))
+        return replace(self, turns=(*self.turns[:-1], Turn(last.role, (*media_of([last]), Text(text)))))
 
     def without_pictures(self) -> "Prompt":
         """Return the prompt as text alone."""
@@ -72,8 +71,8 @@ class Prompt:
         return replace(self, turns=tuple(turns))
 
     def alone(self, text: str, *, pictures: bool) -> "Prompt":
-        """Return a question of its own, greedy and without what came before; with the pictures or without."""
-        content = (*(self.pictures if pictures else ()), Text(text))
+        """Return a question of its own, greedy and without what came before, with pictures and videos or without."""
+        content = (*(self.media if pictures else ()), Text(text))
         return Prompt(self.id, (Turn("user", content),), text, self.language, temperature=0.0, draw=self.draw)
 
     @property

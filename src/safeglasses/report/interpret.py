@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safeglasses.data.examples import Example, Picture, Text
+from safeglasses.data.examples import Example, Picture, Text, Video
 from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.capture import Activations, capture
@@ -104,12 +104,13 @@ def prompt_text(example: Example) -> str:
 
 
 def thumbnails(example: Example, size: int = THUMBNAIL) -> tuple[bytes, ...]:
-    """Return the prompt's pictures as PNG of at most `size` pixels a side.
+    """Return the prompt's pictures as PNG of at most `size` pixels a side; of a video the first, middle and last frame.
 
     Raises:
         BadRow: a picture has gone or has been damaged since it was read.
     """
-    return tuple(thumbnail(picture, size) for picture in example.pictures)
+    shown = (_some_frames(part) if isinstance(part, Video) else (part,) for part in example.media)
+    return tuple(thumbnail(picture, size) for pictures in shown for picture in pictures)
 
 
 def thumbnail(picture: Picture, size: int = THUMBNAIL) -> bytes:
@@ -124,6 +125,11 @@ def thumbnail(picture: Picture, size: int = THUMBNAIL) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def _some_frames(video: Video) -> list[Picture]:
+    last = len(video.frames) - 1
+    return [video.frames[place] for place in sorted({0, last // 2, last})]
 
 
 def _ranked(glasses: Glasses, evidence: Evidence, k: int) -> list[_Neuron]:
@@ -242,8 +248,8 @@ def drive(own: Float[Tensor, "pair 2"], swapped: Float[Tensor, "pair 2"]) -> Dri
 
 
 def cross(examples: Sequence[Example], k: int = CROSSED) -> list[_Pair]:
-    """Pair a toxic example with another one of as many pictures, but other pictures and other words."""
-    shown = [e for e in examples if e.n_images]
+    """Pair a toxic example with another one of as many pictures and frames, but other ones and other words."""
+    shown = [e for e in examples if e.media]
     toxic = _spread([e for e in shown if e.is_toxic], k)
     others = _spread([e for e in shown if not e.is_toxic], 4 * k)
     pairs: list[_Pair] = []
@@ -258,14 +264,19 @@ def cross(examples: Sequence[Example], k: int = CROSSED) -> list[_Pair]:
 def _differ(a: Example, b: Example) -> bool:
     keys = ([p.key for p in e.pictures] for e in (a, b))
     same_words = (prompt_text(a), a.response) == (prompt_text(b), b.response)
-    return a.n_images == b.n_images and not same_words and all(x != y for x, y in zip(*keys, strict=True))
+    return _kinds(a) == _kinds(b) and not same_words and all(x != y for x, y in zip(*keys, strict=True))
+
+
+def _kinds(example: Example) -> tuple[int, ...]:
+    """Return the frames of each video and 0 for each picture, in order."""
+    return tuple(len(part.frames) if isinstance(part, Video) else 0 for part in example.media)
 
 
 def with_pictures_of(example: Example, other: Example) -> Example:
-    """Return an example with the pictures of another in place of its own, in order."""
-    pictures = iter(other.pictures)
+    """Return an example with the pictures and videos of another in place of its own, in order."""
+    media = iter(other.media)
     messages = tuple(
-        replace(turn, content=tuple(next(pictures) if isinstance(p, Picture) else p for p in turn.content))
+        replace(turn, content=tuple(p if isinstance(p, Text) else next(media) for p in turn.content))
         for turn in example.messages
     )
     return replace(example, id=f"{example.id} with pictures of {other.id}", messages=messages)

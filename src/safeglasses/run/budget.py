@@ -90,7 +90,7 @@ def cost(plan: Plan, step: float, answer: float, points: int = 0) -> float:
 
 
 def _seconds_per_row(vlm: VLM, sample: Sequence[Example]) -> float:
-    batch = vlm.encode([e.chat() for e in sample if e.n_images == sample[0].n_images]).to(vlm.device)
+    batch = vlm.encode([e.chat() for e in sample if e.layout == sample[0].layout]).to(vlm.device)
     embedding = vlm.model.get_input_embeddings()
     parameters = list(embedding.parameters())
     best = float("inf")

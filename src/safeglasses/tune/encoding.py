@@ -24,12 +24,16 @@ class Microbatches(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, keys: Sequence[tuple[int, int]], size: int, seed: int, encode: Callable[[list[int]], dict[str, Tensor]]
+        self,
+        keys: Sequence[tuple[tuple[int, ...], int]],
+        size: int,
+        seed: int,
+        encode: Callable[[list[int]], dict[str, Tensor]],
     ) -> None:
         """Put the groups together.
 
         Args:
-            keys: per item the number of its pictures and its length in tokens.
+            keys: per item its `layout` and its length in tokens.
             size: most items in a group.
             seed: of the order.
             encode: makes a micro-batch of items.
@@ -62,7 +66,7 @@ def answers(vlm: VLM, examples: Sequence[Example], size: int, seed: int) -> Micr
         SafeglassesError: as in `check_targets`.
     """
     lengths = check_targets(vlm, examples)
-    keys = [(example.n_images, length) for example, length in zip(examples, lengths, strict=True)]
+    keys = [(example.layout, length) for example, length in zip(examples, lengths, strict=True)]
     return Microbatches(keys, size, seed, lambda group: encoded(vlm, [examples[i] for i in group]))
 
 
@@ -73,7 +77,7 @@ def preferences(vlm: VLM, pairs: Sequence[tuple[Example, Example]], size: int, s
         SafeglassesError: as in `check_targets`.
     """
     sides = [check_targets(vlm, [pair[side] for pair in pairs]) for side in (0, 1)]
-    keys = [(pair[0].n_images, max(lengths)) for pair, *lengths in zip(pairs, *sides, strict=True)]
+    keys = [(pair[0].layout, max(lengths)) for pair, *lengths in zip(pairs, *sides, strict=True)]
 
     def encode(group: list[int]) -> dict[str, Tensor]:
         made = encoded(vlm, [pairs[i][side] for side in (0, 1) for i in group])
