@@ -222,6 +222,8 @@ def shape(vlm: VLM) -> str:
         parts.append(f"beside them `{'`, `'.join(beside)}`")
     if table["cross_attention_layers"]:
         parts.append("layers of cross-attention alone")
+    if vlm.anatomy.outside.paths("crossing"):
+        parts.append("gated layers of cross-attention before them")
     if vlm.anatomy.encoder_path is not None:
         parts.append("behind an encoder")
     return "; ".join(parts)
@@ -247,6 +249,9 @@ def _example(vlm: VLM, index: int, response: str) -> Example:
 
 def _first_layer(vlm: VLM) -> nn.Module:
     encoder = vlm.anatomy.encoder_path
+    crossing = [path for path in vlm.anatomy.outside.paths("crossing") if path.endswith(".0.cross_attn.q_proj")]
+    if crossing:  # layers of cross-attention come before the decoder's own
+        return vlm.model.get_submodule(crossing[0][1:].removesuffix(".cross_attn.q_proj"))
     if encoder is None:
         return vlm.model.get_submodule(vlm.anatomy.absolute_path(vlm.anatomy.layers_path) + ".0")
     inside = vlm.model.get_submodule(encoder)

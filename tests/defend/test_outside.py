@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # raised inside PEFT
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),  # glm4v
 ]
-FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "glm4v", "mllama", "florence2", "t5gemma2")
+FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "glm4v", "mllama", "idefics", "florence2", "t5gemma2")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

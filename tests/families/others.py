@@ -74,6 +74,20 @@ def _idefics2_processor(tokenizer: Any) -> ProcessorMixin:
     return get("idefics2.Idefics2Processor")(images, tokenizer=tokenizer, image_seq_len=5)
 
 
+def _idefics(ids: dict[str, int]) -> Any:
+    """Gated layers of cross-attention beside the decoder's, one before every other; open, as after training."""
+    options = text(additional_vocab_size=0, cross_layer_interval=2, alpha_initializer="ones", use_resampler=False)
+    del options["num_key_value_heads"], options["max_position_embeddings"]
+    eyes = vision(embed_dim=16)
+    del eyes["hidden_size"]
+    return get("idefics.IdeficsConfig")(**{**options, "num_hidden_layers": 4}, vision_config=eyes)
+
+
+def _idefics_processor(tokenizer: Any) -> ProcessorMixin:
+    images = pil("idefics", "IdeficsImageProcessorPil")(image_size=24)
+    return get("idefics.IdeficsProcessor")(images, tokenizer=tokenizer, image_size=24)
+
+
 def _mllama(ids: dict[str, int]) -> Any:
     tiles = vision(num_global_layers=1, attention_heads=2, vision_output_dim=32, intermediate_layers_indices=[0])
     del tiles["num_attention_heads"]
@@ -132,6 +146,12 @@ SPECS: dict[str, Family] = {
         _idefics2_processor,
         tokens=_IDEFICS_TOKENS,
         image="<image>",
+    ),
+    "idefics": Family(
+        _idefics,
+        "IdeficsForVisionText2Text",
+        _idefics_processor,
+        tokens=("<fake_token_around_image>", "<image>"),
     ),
     "mllama": Family(
         _mllama,

@@ -23,7 +23,17 @@ from safeglasses.model.vlm import VLM
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # glm4v's processor
 Make = Callable[..., Example]
 POOLS = (Pool("image", "max"), Pool("prompt", "mean"), Pool("all", "rms"), Pool("image", "last"))
-TOWERS = ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "idefics3", "mllama")
+TOWERS = (
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "glm4v",
+    "idefics3",
+    "mllama",
+    "idefics",
+)
 
 
 def regions(vlm: VLM) -> list[Region]:
@@ -53,7 +63,7 @@ def written(vlm: VLM, sites: Sequence[Site], example: Example) -> dict[Site, Ten
 @pytest.mark.parametrize("name", TOWERS)
 def test_patches_are_pooled_over_all_that_a_picture_gave(family: Callable[[str], VLM], make: Make, name: str) -> None:
     vlm = family(name)
-    sites = vlm.anatomy.sites(regions(vlm))
+    sites = [site for site in vlm.anatomy.sites(regions(vlm)) if vlm.anatomy.stream(site) == "picture"]
     examples = [make(seed, pictures=2 if seed == 2 else 1) for seed in range(3)]
     found = capture(vlm, examples, sites=sites, pools=POOLS, batch_size=8)
     for column, example in enumerate(examples):
@@ -61,6 +71,25 @@ def test_patches_are_pooled_over_all_that_a_picture_gave(family: Callable[[str],
             expected = (rows.amax(dim=0), rows.mean(dim=0), rows.square().mean(dim=0).sqrt(), rows[-1])
             for value, row in zip(expected, found.values[site][:, :, column], strict=True):
                 torch.testing.assert_close(row, value, atol=1e-5, rtol=1e-5)
+
+
+def test_gated_layers_of_cross_attention_hold_the_decoders_tokens(family: Callable[[str], VLM], make: Make) -> None:
+    """Idefics's, run before the decoder's own; a chat without a picture has values there, but none of patches."""
+    vlm = family("idefics")
+    examples = [make(seed, pictures=1 if seed else 0) for seed in range(4)]
+    sites, pools = vlm.anatomy.sites("crossing"), (Pool("prompt", "mean"), Pool("response", "max"))
+    gated = [site for site in sites if vlm.anatomy.stream(site) == "decoder"]
+    assert {site.kind.rpartition(".")[2] for site in gated} == {
+        "q_proj:out", "o_proj:out", "gate_proj:out", "up_proj:out", "down_proj:out"
+    }  # fmt: skip
+    found = capture(vlm, examples, sites=gated, pools=pools, batch_size=4)
+    for column, example in enumerate(examples):
+        n = int(vlm.encode([example.chat()]).prompt_length[0])
+        for site, rows in written(vlm, gated, example).items():
+            expected = torch.stack([rows[:n].mean(dim=0), rows[n:].amax(dim=0)])
+            torch.testing.assert_close(found.values[site][:, :, column], expected, atol=1e-5, rtol=1e-5)
+    keys = capture(vlm, examples, sites=[site for site in sites if site not in gated], pools=pools[:1])
+    assert all(values[0].isnan().all(dim=0).tolist() == [True, False, False, False] for values in keys.values.values())
 
 
 def test_what_the_decoder_holds_does_not_change_beside_the_vision_side(tiny_vlm: VLM, make: Make) -> None:

@@ -277,8 +277,10 @@ def pooled_pass(
     ):
         vlm.forward(batch, logits_from=tokens - 1)  # the fewest logits that can be asked for
     found |= {site: over_calls(each, watch.pools) for site, each in calls.items()}
-    if any(value.is_floating_point() for value in batch.inputs.values()):  # pictures are all that is no integer
+    if bool(batch.asked.image_mask.any()):
         patches = {site: values for site, values in patches.items() if values}
+    else:  # Idefics's tower also runs where there is no picture, on zeros
+        patches = {site: [] for site in patches}
     for site, values in patches.items():
         width = vlm.anatomy.width(site)
         found[site] = pooled_patches(site, values, watch.pools, width, watch.dtype).to(vlm.device)

@@ -21,7 +21,9 @@ from safeglasses.model.videos import size_of, video_options, with_stand_ins
 Side = Literal["right", "left"]
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs that say what kind of token each is; 0 is text. Ernie routes by the last."""
-_PER_TOKEN = ("input_ids", "attention_mask", *TYPES, "cross_attention_mask")
+CROSSING = ("cross_attention_mask", "image_attention_mask")
+"""Which pictures each token sees, where they come in by cross-attention: Mllama's and Idefics's name for it."""
+_PER_TOKEN = ("input_ids", "attention_mask", *TYPES, *CROSSING)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Encoder:
         """Encode chats as one batch; see `VLM.encode`."""
         check_chats(chats, self.processor, needs_picture=self.needs_picture)
         asked = [_conversation(chat, self.processor) for chat in chats]
-        prompts = self._apply(asked, tokenize=True, videos=video_options(chats, self.processor))
+        prompts = self._tokenised(asked, video_options(chats, self.processor))
         ending = [self.end_of_turn] if end_of_turn else []
         responses = [ids + ending if (ids := self.response_ids(chat)) else ids for chat in chats]
         kept = {
@@ -158,7 +160,7 @@ class Encoder:
 
         def bare() -> Sequence[list[int]]:
             unseen = [_conversation(Chat(without_pictures(chat.messages)), self.processor) for chat in chats]
-            made = self._apply(unseen, tokenize=True)
+            made = self._tokenised(unseen)
             return [row[keep.bool()].tolist() for row, keep in zip(*map(made.get, _PER_TOKEN[:2]), strict=True)]
 
         return picture_mask(prompts, self.picture_ids, bare)
@@ -166,14 +168,12 @@ class Encoder:
     def lengths(self, chats: Sequence[Chat]) -> list[int]:
         """Return token counts; see `VLM.lengths`."""
         check_parts(chats, self.processor)
-        extra: dict[tuple[tuple[int | float, ...], ...], int] = {} if self.start_ids else {(): 0}
+        extra: dict[tuple[tuple[int | float, ...], ...], int] = {}
         out: list[int] = []
         if not chats:
             return out
         texts = self._apply([_conversation(chat, self.processor) for chat in chats], tokenize=False)
-        special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
-        special = special and not isinstance(self.processor, PreTrainedTokenizerBase)
-        plain = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+        plain = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         for chat, ids in zip(chats, plain, strict=True):
             sizes = (*(image.size for image in chat.images), *(size_of(video) for video in chat.videos))
             if sizes not in extra:
@@ -210,6 +210,18 @@ class Encoder:
             options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
             ids = list(self.tokenizer(chat.response, **options)["input_ids"])
         return ids
+
+    def _tokenised(self, conversations: list[list[dict[str, Any]]], videos: Mapping[str, Any] | None = None) -> Any:
+        made = self._apply(conversations, tokenize=True, videos=videos)
+        if len(made["input_ids"]) == len(conversations):
+            return made
+        alone = [self._apply([one], tokenize=True, videos=videos) for one in conversations]  # Idefics's processor takes
+        return {  # several texts without pictures for parts of one
+            name: torch.nn.utils.rnn.pad_sequence([one[name][0] for one in alone], batch_first=True)
+            if name in _PER_TOKEN
+            else torch.cat([one[name] for one in alone])
+            for name in alone[0]
+        }
 
     def _apply(
         self, conversations: list[list[dict[str, Any]]], *, tokenize: bool, videos: Mapping[str, Any] | None = None
@@ -265,7 +277,7 @@ def _joined(
         prompt = row[keep]
         if name == "input_ids":
             tail = prompt.new_tensor(response)
-        elif name == "cross_attention_mask":  # the response sees the pictures that the end of the prompt sees
+        elif name in CROSSING:  # the response sees the pictures that the end of the prompt sees
             tail = prompt[-1:].expand(len(response), *prompt.shape[1:])
         else:
             tail = torch.full_like(prompt[:1], fill).expand(len(response))

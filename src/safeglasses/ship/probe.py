@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig
 
+from safeglasses.model.encode import CROSSING
 from safeglasses.model.vlm import VLM, Batch, batches
 from safeglasses.ship.prompts import Prompt
 
@@ -101,7 +102,7 @@ def _appended(batch: Batch, block: Tensor) -> Batch:
             continue  # pictures and what describes them
         elif name == "position_ids":
             tail = value[:, -1:] + torch.arange(1, length + 1)
-        elif name == "cross_attention_mask":  # an answer sees the pictures that the end of its prompt sees
+        elif name in CROSSING:  # an answer sees the pictures that the end of its prompt sees
             tail = value[:, -1:].expand(-1, length, *value.shape[2:])
         else:
             tail = torch.full_like(value[:, :1], int(name == mask)).expand(-1, length)
