@@ -155,6 +155,21 @@ def test_a_foreign_folder_is_never_touched(world: World, tmp_path: Path) -> None
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+def test_prompts_without_a_test_split_are_refused_before_the_run_begins(world: World, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.pairs.read_text(encoding="utf-8").splitlines()]
+    pairs = world.pairs.with_name("no-test.jsonl")  # beside the pictures
+    pairs.write_text("".join(json.dumps({**row, "split": "find"}) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(SafeglassesError) as error:
+        fit(world.model, pairs, judge=f"lexicon:{world.words}", out=tmp_path / "run")
+    assert error.value.what == "no prompt to prove anything on"
+    assert error.value.given.endswith("; calibrate: 0 prompts; test: 0 prompts")
+    assert error.value.do == (
+        'give prompts of the test split with --prompts, or leave "split" out of the pairs: '
+        "rows are then split by a hash"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_recipe_names_those_that_exist(world: World, tmp_path: Path) -> None:
     with pytest.raises(SafeglassesError, match="no such recipe") as error:
         fit(world.model, world.pairs, judge=f"lexicon:{world.words}", out=tmp_path / "run", recipe="nope")

@@ -69,6 +69,7 @@ def read_inputs(
         lessons, asked = without_others(given, categories), eliciting(asked, categories)
         given = about(given, categories)
     check_pairs(given, vlm)
+    _check_test(asked, of_pairs=prompts is None and pairs is not None)
     lengths = vlm.lengths([e.chat() for e in given])
     without = vlm.lengths([e.chat(with_response=False) for e in given])
     longest = max(a - b for a, b in zip(lengths, without, strict=True))
@@ -80,6 +81,18 @@ def read_inputs(
         max_new_tokens=min(256, max(16, longest * 5 // 4)),
         categories=tuple(categories),
         lessons=lessons,
+    )
+
+
+def _check_test(prompts: Examples, *, of_pairs: bool) -> None:
+    if any(row.label != "non-toxic" for row in prompts.split("test")):
+        return
+    add = "give prompts of the test split with --prompts"
+    raise SafeglassesError(
+        "no prompt to prove anything on",
+        given="; ".join(f"{name}: {len(prompts.split(name))} prompts" for name in SPLITS),
+        expected='some in the test split that may elicit harm (with a label other than "non-toxic")',
+        do=f'{add}, or leave "split" out of the pairs: rows are then split by a hash' if of_pairs else add,
     )
 
 
