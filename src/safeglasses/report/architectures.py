@@ -21,7 +21,7 @@ without weights and its parts are found as they are in a checkpoint. `safeglasse
 This page is made by `python scripts/make_architectures.py`; a test compares it with the installed transformers.
 
 **{located} of {types} types located, {structural} of them by structure alone**, {experts} with fused experts,
-{modular} from a config of our own (the default builds no model).
+{modular} from a config of our own (the default builds no model, or hides a projector).
 
 What may be done is what the code's own rules allow for this anatomy. That a type is allowed does not mean that it was
 ever run: [families.md](families.md) has what was, with tiny models.
