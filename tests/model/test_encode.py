@@ -154,6 +154,31 @@ def test_plain_strings_and_system_messages(tiny_vlm: VLM, family: Callable[[str]
         assert text_of(vlm, ids) == "<s><|system|>sorry<|end|><|user|>what<|end|><|assistant|>"
 
 
+@pytest.mark.parametrize("name", ["llava", "llama"])
+def test_a_template_that_drops_a_system_turn_is_an_error(
+    family: Callable[[str], VLM], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    vlm = family(name)
+    user = {"role": "user", "content": [{"type": "text", "text": "what"}]}
+    plain = [Chat([user]), Chat([{"role": "system", "content": "  never\n curse "}, user], "a dog")]
+    parts = Chat([{"role": "system", "content": [{"type": "text", "text": "be kind"}]}, user])
+    theirs: Any = vlm.processor.chat_template
+    trimmed = theirs.replace("{{ m.content }}", "{{ m.content | trim }}").replace("{{ c.text }}", "{{ c.text | trim }}")
+    monkeypatch.setattr(vlm.processor, "chat_template", trimmed)
+    assert len(vlm.lengths([*plain, parts])) == len(vlm.encode([*plain, parts]).ids) == 3
+    dropping = theirs.replace("for m in messages", "for m in messages if m.role != 'system'")
+    monkeypatch.setattr(vlm.processor, "chat_template", dropping)
+    assert vlm.lengths(plain[:1]) == [len(vlm.encode(plain[:1]).ids[0])]
+    for refused in (vlm.lengths, vlm.encode):
+        with pytest.raises(SafeglassesError) as caught:
+            refused(plain)
+        assert caught.value.what == "the model's chat template drops what a system turn says"
+        assert caught.value.given.startswith("'  never\\n curse ' of chat ")
+        assert caught.value.do == "say it in the user's turn, or leave the system turn out: nobody would read it"
+        with pytest.raises(SafeglassesError, match="drops what a system turn says"):
+            refused([parts])
+
+
 def test_greedy_equals_repeated_forward(tiny_vlm: VLM) -> None:
     text = ""
     with torch.no_grad():

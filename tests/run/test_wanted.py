@@ -1,21 +1,27 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import families
+import other_world
 from other_world import World
 from safeglasses.data.examples import Example, Text, Turn
 from safeglasses.data.pictures import Picture
 from safeglasses.defend.recipes import RECIPES
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.evidence import Evidence
+from safeglasses.model.vlm import VLM
 from safeglasses.protect.compose import compose
 from safeglasses.protect.steps import Ask, Log, Prompt
 from safeglasses.run.fit import fit
+from safeglasses.run.stacks import refuse_misfits
 from safeglasses.run.under import Under
 
 HERE = Path(__file__)
+PICTURE = HERE.parents[2] / "docs/report.png"
 
 
 def example(language: str, *, system: bool) -> Example:
@@ -53,6 +59,47 @@ def test_parts_that_are_more_than_words_around_a_request_are_refused(text: str, 
         Under.read(text)
     assert error.value.given == named
     assert error.value.expected.startswith("words around the request: self-reminder, adashield-s, xsafety or system")
+
+
+@pytest.fixture
+def deaf(tmp_path: Path) -> Path:
+    """A tiny model whose template drops system turns."""
+    folder = families.build("llava", tmp_path / "deaf")
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.write_text(text.replace("for m in messages", "for m in messages if m.role != 'system'"), encoding="utf-8")
+    return folder
+
+
+def test_words_that_a_template_drops_are_refused_before_a_run_begins(deaf: Path, tmp_path: Path) -> None:
+    pairs = other_world.write_data(tmp_path / "data")
+    (tmp_path / "rules.txt").write_text("Never curse.", encoding="utf-8")
+    judge = f"lexicon:{tmp_path}/data/words.txt"
+    with pytest.raises(SafeglassesError) as caught:
+        fit(deaf, pairs, judge=judge, out=tmp_path / "run", under=f"system:{tmp_path / 'rules.txt'}", limit=200)
+    assert caught.value.what == "the model's chat template drops what a system turn says"
+    assert caught.value.given.startswith("'Never curse.' of chat 0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stack_whose_words_reach_the_model_with_no_prompt_is_refused(
+    tiny_vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rules.txt").write_text("Never curse.", encoding="utf-8")
+    stacks = [compose("none"), compose(f"system:{tmp_path / 'rules.txt'}"), compose("self-reminder")]
+    asked = Example("x", (Turn("user", (Text("what is this"),)),))
+    pictured = Example("y", (Turn("user", (Picture(path=PICTURE), Text("what is this"))),))
+    refuse_misfits(stacks, tiny_vlm, [asked, pictured])
+    text: Any = tiny_vlm.processor.chat_template
+    deaf = text.replace("for m in messages", "for m in messages if m.role != 'system'")
+    monkeypatch.setattr(tiny_vlm.processor, "chat_template", deaf)
+    with pytest.raises(SafeglassesError, match="drops what a system turn says"):
+        refuse_misfits(stacks, tiny_vlm, [asked, pictured])
+    fussy = "{% if messages | length > 1 and messages[1].content | length > 1 %}{{ raise_exception('no') }}{% endif %}"
+    monkeypatch.setattr(tiny_vlm.processor, "chat_template", fussy + text)
+    refuse_misfits(stacks, tiny_vlm, [asked, pictured])  # pictures alone are refused: their answers count as failures
+    with pytest.raises(SafeglassesError, match="refuses a chat"):
+        refuse_misfits(stacks, tiny_vlm, [pictured])
 
 
 @pytest.fixture(scope="module")

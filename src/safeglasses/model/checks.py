@@ -153,3 +153,24 @@ def _check_frames(part: Mapping[str, Any], index: int) -> None:
 def _counted(chat: Chat) -> str:
     pictures, *films = chat.layout
     return str(pictures) + (f" and a video of {' and one of '.join(map(str, films))}" if films else "")
+
+
+def check_system_turns(chats: Sequence[Chat], prompts: Sequence[str]) -> None:
+    """Check that what system turns say stands in the prompts that a template made; spaces do not count.
+
+    Raises:
+        SafeglassesError: a template dropped them without a word, as some do.
+    """
+    for index, (chat, prompt) in enumerate(zip(chats, prompts, strict=True)):
+        read = " ".join(prompt.split())
+        for message in (message for message in chat.messages if message["role"] == "system"):
+            content = message["content"]
+            texts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+            lost = next((text for text in texts if " ".join(text.split()) not in read), None)
+            if lost is not None:
+                raise SafeglassesError(
+                    "the model's chat template drops what a system turn says",
+                    given=f"{lost[:60]!r} of chat {index}: it is not in the prompt that the template makes",
+                    expected="a template that writes system turns",
+                    do="say it in the user's turn, or leave the system turn out: nobody would read it",
+                )

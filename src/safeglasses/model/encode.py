@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.chat import Batch, Chat, without_pictures
-from safeglasses.model.checks import check_chats, check_parts, check_told_apart
+from safeglasses.model.checks import check_chats, check_parts, check_system_turns, check_told_apart
 from safeglasses.model.pictures import picture_mask
 from safeglasses.model.processors import Processor, tokenizer_of
 from safeglasses.model.thought import opened, thought_tokens
@@ -58,6 +58,8 @@ class Encoder:
         """Encode chats as one batch; see `VLM.encode`."""
         check_chats(chats, self.processor, needs_picture=self.needs_picture)
         asked = [_conversation(chat, self.processor) for chat in chats]
+        if told := [i for i, chat in enumerate(chats) if any(m["role"] == "system" for m in chat.messages)]:
+            check_system_turns([chats[i] for i in told], self._apply([asked[i] for i in told], tokenize=False))
         prompts = self._tokenised(asked, video_options(chats, self.processor))
         ending = [self.end_of_turn] if end_of_turn else []
         responses = [ids + ending if (ids := self.response_ids(chat)) else ids for chat in chats]
@@ -173,6 +175,7 @@ class Encoder:
         if not chats:
             return out
         texts = self._apply([_conversation(chat, self.processor) for chat in chats], tokenize=False)
+        check_system_turns(chats, texts)
         plain = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         for chat, ids in zip(chats, plain, strict=True):
             sizes = (*(image.size for image in chat.images), *(size_of(video) for video in chat.videos))

@@ -95,7 +95,7 @@ def attack_model(
     show.say(f"{len(rows):,} eliciting prompts, {len(stacks)} stacks, at most {most:,} queries each")
     with show.stage("load the model"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
-    refuse_misfits(stacks, vlm)
+    refuse_misfits(stacks, vlm, rows)
     decoding = decoding_of(asked)
     siege = Siege(vlm, plan, judges, decoding, resolve_batch_size(vlm, batch_size), asked.out / "answers", show)
     tried: list[Tried] = []

@@ -143,6 +143,9 @@ def fit(
         data = read_inputs(vlm, pairs, prompts, *judges, limit=limit, skip_bad=skip_bad, categories=wanted.categories)
         if chosen.rule == "calibrated":
             calibration_data(data.lessons, data.prompts)  # says now what would be missing later
+        for error in wanted.under.refused(vlm, [*data.prompts, *data.pairs]) if wanted.under else ():
+            if error is not None:  # a template that refuses, or drops, what is put before the model
+                raise error
         if chosen.by_category:
             by_category(data.pairs)
     folder = RunFolder.open(path, inputs, overwrite=overwrite)

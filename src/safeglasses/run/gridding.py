@@ -65,7 +65,7 @@ def grid_model(
     deciding = circular(stacks, judges[0], show)
     with show.stage("load the model"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
-    refuse_misfits(stacks, vlm)
+    refuse_misfits(stacks, vlm, rows)
     decoding = decoding_of(asked)
     size = resolve_batch_size(vlm, batch_size)
     measured = []

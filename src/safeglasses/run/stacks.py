@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safeglasses.data.examples import Example
 from safeglasses.measure.measurement import GREEDY, SAMPLED
 from safeglasses.measure.respond import Decoding
 from safeglasses.measure.verdicts import Judge
 from safeglasses.model.vlm import VLM
 from safeglasses.progress import Progress
 from safeglasses.protect.compose import NONE, Kit, compose, read_kit
+from safeglasses.protect.parts import Reminder
 from safeglasses.protect.stack import Protection
+from safeglasses.run.under import Under
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +70,18 @@ def circular(stacks: Sequence[Protection], judge: Judge, show: Progress) -> list
     return found
 
 
-def refuse_misfits(stacks: Sequence[Protection], vlm: VLM) -> None:
-    """Put on and take off everything that stacks wear, before anything is answered.
+def refuse_misfits(stacks: Sequence[Protection], vlm: VLM, examples: Sequence[Example]) -> None:
+    """Put on and take off all that stacks wear, and let the model read what they say, before anything is answered.
 
     Raises:
-        SafeglassesError: glasses or a shield of another model.
+        SafeglassesError: glasses or a shield of another model, or words that reach it with none of the prompts: a
+            system turn that its template refuses or drops. Where only some prompts are so, the part fails as told.
     """
     for stack in stacks:
+        words = tuple(part for part in stack.parts if isinstance(part, Reminder))
+        refused = Under(stack.name, words, "").refused(vlm, examples) if words else ()
+        if refused and all(refused):
+            raise next(filter(None, refused))
         for defence in stack.worn:
             with defence.worn(vlm):
                 pass

@@ -1,9 +1,11 @@
 """Defences at the input under which glasses are calibrated: the words that they put around every request."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from safeglasses.data.examples import Example
 from safeglasses.errors import SafeglassesError
+from safeglasses.model.vlm import VLM
 from safeglasses.protect.compose import compose
 from safeglasses.protect.parts import Reminder
 from safeglasses.protect.steps import Prompt
@@ -45,3 +47,16 @@ class Under:
         for part in self.parts:
             prompt = part.around(prompt)
         return replace(example, messages=prompt.turns)
+
+    def refused(self, vlm: VLM, examples: Iterable[Example]) -> Sequence[SafeglassesError | None]:
+        """Return why a model does not read these words, for one example of every number of pictures; None: it does."""
+        kinds = {example.layout: example for example in examples}
+        found: list[SafeglassesError | None] = []
+        for example in kinds.values():
+            try:
+                vlm.lengths([self(example).chat(with_response=False)])
+            except SafeglassesError as error:
+                found.append(error)
+            else:
+                found.append(None)
+        return found
