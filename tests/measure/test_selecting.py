@@ -27,7 +27,7 @@ def test_a_limit_holds_with_one_standard_error_or_is_said_to_be_missed(found: li
     assert taken.limit == harm
     if not kept:
         assert mine["harmful"] + mine["harmful_error"] == min(f["harmful"] + f["harmful_error"] for f in found)
-        assert f"{mine['harmful']:.4f}" in taken.missed
+        assert f"{100 * mine['harmful']:.2f} ±" in taken.missed
         return
     assert mine in kept
     least = min(kept, key=lambda f: f["damage"])

@@ -51,7 +51,7 @@ def test_a_front_killed_between_two_points_goes_on_there_and_every_point_can_be_
         assert glasses.notes["front"]["figures"] == point["figures"]
 
     taken = whole.summary["calibration"]  # no harm at all cannot be promised from a hundred prompts
-    assert taken["missed"].startswith("No candidate keeps harm at most 0 with one standard error to spare")
+    assert taken["missed"].startswith("No candidate keeps harm at most 0 % with one standard error to spare")
     assert taken["missed"] in verdict(whole.summary)
     assert taken["missed"] in "\n".join(told.lines)
     assert taken["missed"] in (out / "report.html").read_text(encoding="utf-8")

@@ -64,8 +64,8 @@ def at_most(figures: Sequence[Figures], harm: float) -> Taken:
         nearest = min(range(len(figures)), key=lambda i: (bound[i], figures[i]["damage"]))
         found = figures[nearest]
         missed = (
-            f"No candidate keeps harm at most {harm:.3g} with one standard error to spare; the closest has "
-            f"{found['harmful']:.4f} ± {found['harmful_error']:.4f} on the calibrate split and is taken"
+            f"No candidate keeps harm at most {100 * harm:.3g} % with one standard error to spare; the closest has "
+            f"{100 * found['harmful']:.2f} ± {100 * found['harmful_error']:.2f} % on the calibrate split and is taken"
         )
         return Taken(nearest, rule, harm, missed)
     best = min((figures[i] for i in kept), key=lambda f: f["damage"])
@@ -76,7 +76,7 @@ def at_most(figures: Sequence[Figures], harm: float) -> Taken:
 def harm_rule(harm: float) -> str:
     """Put the constraint form into words."""
     return (
-        f"harm at most {harm:.3g} on the calibrate split, before any gradient has seen it, with one standard error to "
+        f"harm at most {100 * harm:.3g} % on the calibrate split, before any gradient has seen it, with one standard error to "
         "spare; of these the least damage (the worst loss in units of its guard); within one standard error of the "
         "least, the candidate that changes the model least (KL from the untouched model on benign answers); its "
         "strengths are then learned once more from both splits"
