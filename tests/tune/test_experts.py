@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.inkling import InklingForCausalLM, InklingTextConfig
 from transformers.models.llama4 import Llama4ForCausalLM, Llama4TextConfig
 
 import families
@@ -25,7 +27,7 @@ from safeglasses.tune.layers import aliases_quiet
 from safeglasses.tune.record import RECORD, write_record
 from safeglasses.tune.shield import Shield
 from safeglasses.tune.training import tune
-from tune.conftest import examples_of, neurons_of
+from tune.conftest import examples_of, neurons_of, precise_of
 from tune.test_equal import SETTINGS, config_of, order, train  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.filterwarnings(NOT_OURS)
@@ -37,13 +39,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """A tiny checkpoint of a family, built once."""
     home = tmp_path_factory.mktemp("moes")
     return lambda name: home / name if (home / name).exists() else families.build(name, home / name)
-
-
-def precise_of(folder: Path) -> VLM:
-    """A model in float64, where rounding cannot hide a difference; grouped products have no such type."""
-    vlm = load(folder, dtype=torch.float64)
-    vlm.model.set_experts_implementation("eager")
-    return vlm
 
 
 def fused_only(vlm: VLM) -> Selection:
@@ -227,31 +222,54 @@ def test_an_adapter_of_more_than_the_selection_is_refused(shield_folder: Path, t
         Shield.load(folder)
 
 
-def test_experts_that_peft_reads_the_other_way_round(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Llama 4 keeps inputs first and does not say so; what its experts read is scaled by the router before."""
-    source = tmp_path / "llama4"
+def _llama4(vocabulary: int) -> Any:
     options = text(head_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size_mlp=48, attn_scale=0.1)
-    like = load(checkpoint("gpt_oss"))
+    return Llama4ForCausalLM(Llama4TextConfig(**{**options, "vocab_size": vocabulary}))
+
+
+def _inkling(vocabulary: int) -> Any:
+    heads = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4}
+    moe = {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2}
+    options = text(head_dim=8, sliding_window_size=8, rel_extent=16, **heads, **moe)
+    return InklingForCausalLM(InklingTextConfig(**{**options, "vocab_size": vocabulary}))
+
+
+@pytest.mark.parametrize("make", [_llama4, _inkling])
+def test_experts_in_code_of_their_own(
+    checkpoint: Callable[[str], Path], make: Callable[[int], Any], tmp_path: Path
+) -> None:
+    """Llama 4 keeps inputs first, does not say so to PEFT, and lets the router scale what experts read.
+
+    Inkling's shared ones have gate and up as two parameters of one module.
+    """
+    source, like = tmp_path / "model", load(checkpoint("gpt_oss"))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Llama4ForCausalLM(Llama4TextConfig(**{**options, "vocab_size": like.model.config.vocab_size})).eval()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        model = make(like.model.config.vocab_size).eval()
+        for name, parameter in model.named_parameters():
+            if not name.endswith("norm.weight"):
                 parameter.data.normal_(0, 0.15)
     model.save_pretrained(source)
     like.processor.save_pretrained(source)
     vlm = load(source)
-    shield = tune(vlm, neurons_of(vlm), examples_of(vlm, 4), config=CONFIG)
+    config = replace(CONFIG, gradient_checkpointing=True)
+    shield = tune(vlm, neurons_of(vlm), examples_of(vlm, 4), config=config)
+    plain = tune(vlm, neurons_of(vlm), examples_of(vlm, 4), config=CONFIG)
+    for path, change in plain.changes.items():
+        torch.testing.assert_close(shield.changes[path].delta(), change.delta(), rtol=0, atol=1e-5)
     again, other = Shield.load(shield.save(tmp_path / "shield")), load(source)
     assert again.identity == shield.identity
+    on_disk = fold_checkpoint(source, again, tmp_path / "folded")
     batch = vlm.encode([example.chat() for example in examples_of(vlm, 4)])
     with aliases_quiet():
         PeftModel.from_pretrained(other.model, str(tmp_path / "shield"))
     with torch.no_grad():
-        plain = vlm.forward(batch)
+        untouched = vlm.forward(batch)
         with again.worn(vlm):
             worn = vlm.forward(batch)
-        assert float((worn - plain).abs().max()) > 1e-3
+        assert float((worn - untouched).abs().max()) > 1e-3
         torch.testing.assert_close(other.forward(batch), worn, rtol=0, atol=1e-5)
         again.fold(vlm)
         torch.testing.assert_close(vlm.forward(batch), worn, rtol=0, atol=1e-5)
+        folded = load(on_disk.folder)
+    assert all(torch.equal(value, vlm.model.state_dict()[name]) for name, value in folded.model.state_dict().items())

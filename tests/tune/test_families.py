@@ -38,11 +38,18 @@ def test_every_dense_family_can_be_tuned(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(vlm.forward(batch), worn, rtol=0, atol=2e-4)
 
 
-def test_half_precision_trains_in_float32(tmp_path: Path) -> None:
-    vlm = load(families.build("qwen3_vl", tmp_path / "model"), dtype="bfloat16")
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
+def test_half_precision_trains_in_float32(family: str, tmp_path: Path) -> None:
+    vlm = load(families.build(family, tmp_path / "model"), dtype="bfloat16")
     shield = tune(vlm, neurons_of(vlm), examples_of(vlm), config=CONFIG)
     assert {change.a.dtype for change in shield.changes.values()} == {torch.float32}
     assert vlm.dtype == torch.bfloat16
+    batch = vlm.encode([example.chat() for example in examples_of(vlm)[1::2]])
+    with torch.no_grad():
+        with shield.worn(vlm):
+            worn = vlm.forward(batch)
+        shield.fold(vlm)
+        torch.testing.assert_close(vlm.forward(batch), worn, rtol=0.05, atol=0.05)
 
 
 def test_gradient_checkpointing_changes_no_result(tiny: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import families
 from forked import Forked, ranks
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.vlm import VLM
@@ -14,7 +15,7 @@ from safeglasses.tune.shield import Shield
 from safeglasses.tune.trainer import COMPLETE, last_checkpoint
 from safeglasses.tune.training import tune
 from tune.apart import CONFIG, MODES, TOGETHER, train_slowly, train_together
-from tune.conftest import examples_of, neurons_of
+from tune.conftest import examples_of, neurons_of, precise_of
 
 
 def same(a: Shield, b: Shield, *, within: float = 0.0) -> bool:
@@ -77,8 +78,12 @@ def test_a_finished_training_is_read_and_another_is_refused(fresh: Callable[[], 
 
 
 def test_two_processes_train_what_one_does(tiny: Path, precise: VLM, tmp_path: Path) -> None:
-    job = ranks(2, train_together, tiny, tmp_path, said=tmp_path / "said")
+    mixture = families.build("qwen3_vl_moe", tmp_path / "qwen3_vl_moe")
+    job = ranks(2, train_together, tiny, mixture, tmp_path, said=tmp_path / "said")
     assert [rank.wait() for rank in job] == [0, 0], job[0].err()
     for mode in MODES:
         one = tune(precise, neurons_of(precise), examples_of(precise), mode=mode, config=TOGETHER)
         assert same(Shield.load(tmp_path / mode), one, within=1e-9)
+    experts = precise_of(mixture)
+    one = tune(experts, neurons_of(experts), examples_of(experts), config=TOGETHER)
+    assert same(Shield.load(tmp_path / "experts"), one, within=1e-9)

@@ -4,12 +4,13 @@ No module computes with one expert's slice of a 3-D parameter alone, so what PEF
 changed parameter in every forward. Here the change acts on the values of the tokens that were sent to the expert
 (`model.routing`), as the change of a linear map acts on its output; what is trained are the rows of the selected
 neurons, in one tensor for all experts of a parameter, so that an expert without a token in a step has gradient zero
-there, as a slice of the parameter itself would have.
+there, as a slice of the parameter itself would have; so has a parameter of which no expert has one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -152,6 +153,9 @@ def experts_trained(
             made[path] = ExpertRows(some, 1.0 if some[0].one_hot else scale, parameter.device, kind)
             visits = _visits(anatomy, _part(some[0]), made[path].pairs)
             leaving.enter_context(visited(model, anatomy, visits, first=True))
+            if not anatomy.experts[_part(some[0]).module].dispatched:
+                experts = model.get_submodule(anatomy.absolute_path(_part(some[0]).module))
+                leaving.callback(experts.register_forward_hook(_reaching(made[path])).remove)
         if made:
             model.add_module(NAME, nn.ModuleList(made.values()))
             leaving.callback(delattr, model, NAME)
@@ -183,6 +187,16 @@ def check_slices(anatomy: Anatomy, changes: Mapping[str, Change]) -> None:
             expected="fused experts of the same number, size and layout",
             do="wear it on the model it was made for; safeglasses inspect MODEL lists sites",
         )
+
+
+def _reaching(rows: ExpertRows) -> Callable[..., Tensor]:
+    """Return a hook by which every forward reaches what is trained: a loop over experts skips those without a token."""
+
+    def reach(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        everything = torch.stack([parameter.sum() for parameter in rows.parameters()]).sum()
+        return output + (everything * 0).to(output.dtype)
+
+    return reach
 
 
 def _part(one: Target | Change) -> Slice:
