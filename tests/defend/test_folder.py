@@ -61,6 +61,17 @@ def test_an_adapter_of_someone_else(folder):
     )
 
 
+def test_a_shield(folder):
+    (folder / "glasses.json").rename(folder / "shield.json")
+    assert refusal(folder) == (
+        "this folder holds a shield, not glasses\n"
+        f"  given:    {folder}\n"
+        "  expected: a folder that glasses.save or `safeglasses fit` wrote\n"
+        "  do:       load it with peft as it is; `safeglasses fold MODEL --shield DIR` puts it into the weights, for "
+        "every other runtime"
+    )
+
+
 def test_a_folder_of_something_else(tmp_path):
     assert refusal(tmp_path) == (
         "this folder holds no glasses\n"

@@ -58,7 +58,25 @@ def test_counts_are_those_of_sets(sets: dict[str, Selection], atlas: Atlas) -> N
                     assert index == len(here[0] & here[1]) / len(here[0] | here[1])
                 else:
                     assert math.isnan(index)
-                assert float(atlas.expected_by_layer()[j, layer]) == len(here[1]) / WIDTHS[layer]
+                expected = float(atlas.expected_by_layer()[i, j, layer])
+                assert expected == pytest.approx(len(here[1]) / WIDTHS[layer]) if here[0] else math.isnan(expected)
+
+
+def test_fused_experts_are_one_layer_and_random_sets_have_as_many_in_each_expert() -> None:
+    sites = [Site(f"layers.3.mlp.experts.{number}", "in") for number in range(2)]
+    chosen = {"en/text-dominant": ([0, 1, 2], [0]), "sw/text-dominant": ([2, 3], [])}
+    sets = {
+        name: Selection({s: torch.isin(torch.arange(4), torch.tensor(n)) for s, n in zip(sites, rows, strict=True)})
+        for name, rows in chosen.items()
+    }
+    atlas = overlap_atlas(sets)
+    record = json.loads(json.dumps(atlas.record(), allow_nan=False))
+    assert (record["layers"], record["layer_neurons"]) == ([3], [8])
+    assert [entry["by_layer"] for entry in record["sets"]] == [[4], [2]]
+    (layer,) = record["by_layer"]
+    assert layer["directional"] == [[1, 0.25], [0.5, 1]]
+    assert layer["random_directional"][0][1] == 3 / 4 * 2 / 4  # three of A are in the one expert that B is in
+    assert float(atlas.null().mean[0, 1]) == pytest.approx(3 * 2 / 4)
 
 
 def test_the_null_is_what_random_sets_give(atlas: Atlas) -> None:

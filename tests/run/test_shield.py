@@ -2,24 +2,30 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import families
+from families.unrolled import NOT_OURS
 from safeglasses.cli import execute
 from safeglasses.data.miniature import CHECKPOINT
 from safeglasses.data.miniature.benchmark import Benchmark
 from safeglasses.errors import SafeglassesError
+from safeglasses.find.selection import Selection
 from safeglasses.measure.judges import refusal_judge
-from safeglasses.model.vlm import load
+from safeglasses.model.vlm import VLM, load
 from safeglasses.report.shield_page import headline, shield_study
-from safeglasses.run.hardening import defended, pruned, rounded
+from safeglasses.run.hardening import defended, fine_tuned, pruned, rounded, rounded_to_int8
 from safeglasses.run.shield import ShieldPlan, shield
 from safeglasses.run.shield_data import _refusals, read_shield_data
 from safeglasses.run.shield_summary import gates_of, verdict, whole_row
 from safeglasses.tune.config import TuneConfig
 from safeglasses.tune.shield import Shield
+from tune.conftest import examples_of
 
 PLAN = ShieldPlan(controls=1, tune=TuneConfig(learning_rate=5e-3, max_steps=6), transfer="none", robustness=False)
 
@@ -167,12 +173,54 @@ def test_treatments_change_what_they_say() -> None:
     mask = torch.zeros(vlm.anatomy.width(site), dtype=torch.bool)
     mask[3] = True
     twin = defended(vlm, None)
-    from safeglasses.find.selection import Selection
-
     pruned(twin, Selection({site: mask}))
-    weight = twin.model.get_decoder().get_submodule(site.path).weight
+    weight = twin.model.get_parameter(vlm.anatomy.absolute_path(f"{site.path}.weight"))
     assert not weight[:, 3].any()
     assert weight[:, 4].any()
+    assert vlm.fingerprint() == fingerprint
+
+
+@pytest.mark.filterwarnings(NOT_OURS)
+def test_a_mixture_is_tuned_expert_by_expert(benchmark: Benchmark, tmp_path: Path) -> None:
+    """Where PEFT takes linear maps for experts, only experts are looked at, and the page says so."""
+    model = families.build("glm4v_moe", tmp_path / "glm4v_moe")
+    plan = ShieldPlan(controls=1, tune=TuneConfig(max_steps=1), robustness=False)
+    given = {"languages": ("en",), "limit": 6, "test_limit": 1, "plan": plan}
+    with pytest.raises(SafeglassesError, match="freeze does not work on fused experts"):
+        shield(model, benchmark.probe, out=tmp_path / "run", **{**given, "plan": replace(plan, mode="freeze")})
+    assert not (tmp_path / "run").exists()
+    found = shield(model, benchmark.probe, out=tmp_path / "run", **given)
+    own, random = (Shield.load(found.folder / name).neurons for name in ("shield", "controls/random-0"))
+    assert {s: int(m.sum()) for s, m in own.masks.items()} == {s: int(m.sum()) for s, m in random.masks.items()}
+    assert all(site.fused for site in own.masks)
+    assert found.summary["left_out"] == ["layers.0.mlp.down_proj", "layers.1.mlp.shared_experts.down_proj"]
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert "Not looked at: what layers.0.mlp.down_proj and 1 more maps read" in page
+    layers = found.summary["certainty"]["en/text-dominant"]["layers"]
+    assert [(layer["layer"], layer["experts"]) for layer in layers] == [(1, 4)]
+    assert layers[0]["rated"] < 4
+    assert "were met by enough requests" in page
+
+
+@pytest.mark.filterwarnings(NOT_OURS)
+@pytest.mark.parametrize("name", ["glm4v_moe", "gpt_oss"])
+def test_treatments_reach_experts(family: Callable[[str], VLM], name: str) -> None:
+    vlm = family(name)
+    fingerprint, (experts, *_) = vlm.fingerprint(), vlm.anatomy.experts.values()
+    site = experts.sites("in")[2]
+    twin = defended(vlm, None)
+    pruned(twin, Selection({site: torch.arange(experts.width) == 3}))
+    down = twin.model.get_parameter(f"{vlm.anatomy.absolute_path(experts.path)}.down_proj")
+    reads = down.transpose(1, 2) if not experts.transposed else down  # [expert, neuron, hidden]
+    assert (reads == 0).all(dim=2).nonzero().tolist() == [[2, 3]]
+    rounded_to_int8(twin)
+    both = twin.model.get_parameter(f"{vlm.anatomy.absolute_path(experts.path)}.gate_up_proj")
+    row = (both.transpose(1, 2) if experts.transposed else both)[1, 5]
+    levels = row / (row.abs().max() / 127)
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
+    before, config = both.clone(), TuneConfig(batch=2, micro_batch=2, learning_rate=1e-2, warmup=0.0)
+    fine_tuned(twin, examples_of(vlm, 4), steps=1, config=config)
+    assert not torch.equal(both, before)
     assert vlm.fingerprint() == fingerprint
 
 

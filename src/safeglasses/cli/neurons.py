@@ -65,7 +65,7 @@ def _render(console: "Console", record: dict[str, Any]) -> None:
             row["cell"],
             f"{row['harmful']} + {row['benign']}",
             f"{row['found']:,}",
-            f"{row['found'] / row['k']:.0%}",
+            f"{row['found'] / row['k']:.0%}" if row["k"] else "",
             _spread(row["noise"]),
             _spread(row["found_at_half"]),
             _spread(stability.get("jaccard")),

@@ -26,6 +26,7 @@ from safeglasses.files import write_json
 from safeglasses.model.sites import Site
 
 RECORD = "glasses.json"
+_SHIELD = "shield.json"  # what `tune.record` writes
 SCHEMA = 3  # 1 had no hash of itself; 3 says its form, and is written for `factors` alone: older versions read the rest
 Form = Literal["ia3", "factors"]
 """``ia3``: an adapter of PEFT; ``factors``: a file of our own, where IA3 has no place for what the glasses scale."""
@@ -187,6 +188,14 @@ def _refuse_other_folders(folder: Path) -> None:
             given=str(folder),
             expected=wrote,
             do="check the path; to use one from the hub: hf download REPO --local-dir FOLDER",
+        )
+    if (folder / _SHIELD).exists() and not (folder / RECORD).exists():
+        raise SafeglassesError(
+            "this folder holds a shield, not glasses",
+            given=str(folder),
+            expected=wrote,
+            do="load it with peft as it is; `safeglasses fold MODEL --shield DIR` puts it into the weights, for every "
+            "other runtime",
         )
     if not (folder / RECORD).exists():
         adapter = (folder / CONFIG).exists()

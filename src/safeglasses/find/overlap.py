@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from safeglasses.data.probes import Cell
@@ -25,7 +25,7 @@ _NEGLIGIBLE = 1e-13
 
 @dataclass(frozen=True, eq=False)
 class Null:
-    """Neurons that two random sets with the same numbers per layer share; NaN on the diagonal."""
+    """Neurons that two random sets with the same numbers per site share; NaN on the diagonal."""
 
     mean: Float[Tensor, "set set_"]
     """Expected number."""
@@ -44,12 +44,14 @@ class Atlas:
     names: tuple[str, ...]
     """What the sets are called: ``en/image-dominant``."""
     layers: tuple[int, ...]
-    """Last axis of the counts."""
+    """Decoder layers, one for each feed-forward block."""
+    blocks: tuple[int, ...]
+    """Last axis of the counts: to which of these each site belongs; fused experts are a site each."""
     neurons: tuple[int, ...]
-    """Neurons in each layer."""
-    sizes: Int[Tensor, "set layer"]
+    """Neurons of each site."""
+    sizes: Int[Tensor, "set site"]
     """Neurons in each set."""
-    common: Int[Tensor, "set set_ layer"]
+    common: Int[Tensor, "set set_ site"]
     """Neurons in both sets."""
     idle: Float[Tensor, "set set_"] | None = None
     """Directional shares of sets about nothing, see `Contrast.idle`; None where they were not measured."""
@@ -65,18 +67,25 @@ class Atlas:
 
     def directional_by_layer(self) -> Float[Tensor, "set set_ layer"]:
         """Return |A ∩ B| / |A| in each layer; NaN where A has none there."""
-        return self.common.double() / self.sizes[:, None]
+        return self.in_layers(self.common).double() / self.in_layers(self.sizes)[:, None]
 
     def jaccard_by_layer(self) -> Float[Tensor, "set set_ layer"]:
         """Return |A ∩ B| / |A ∪ B| in each layer; NaN where neither has any there."""
-        return self.common.double() / (self.sizes[:, None] + self.sizes[None] - self.common)
+        sizes, common = self.in_layers(self.sizes), self.in_layers(self.common)
+        return common.double() / (sizes[:, None] + sizes[None] - common)
 
-    def expected_by_layer(self) -> Float[Tensor, "set layer"]:
-        """Return the share of any A that a random B of the same size holds: |B| / neurons."""
-        return self.sizes.double() / torch.tensor(self.neurons)
+    def expected_by_layer(self) -> Float[Tensor, "set set_ layer"]:
+        """Return the share of A that a random B with as many neurons at every site holds; NaN where A has none."""
+        both = self.sizes[:, None].double() * self.sizes[None] / torch.tensor(self.neurons)
+        return self.in_layers(both) / self.in_layers(self.sizes)[:, None]
+
+    def in_layers(self, counts: Num[Tensor, "*_ site"]) -> Num[Tensor, "*_ layer"]:
+        """Add up counts of sites by layer."""
+        zeros = counts.new_zeros(*counts.shape[:-1], len(self.layers))
+        return zeros.index_add_(-1, torch.tensor(self.blocks), counts)
 
     def null(self) -> Null:
-        """Return what random sets share: in each layer a hypergeometric number, over layers their sum.
+        """Return what random sets share: at each site a hypergeometric number, over sites their sum.
 
         It is exact. It is also a low bar: importance ranks much the same neurons first on any prompt, so sets
         drawn from important neurons share more than random ones whether they are about harm or not; `idle` is the
@@ -85,7 +94,7 @@ class Atlas:
         found = torch.full((4, len(self.names), len(self.names)), torch.nan, dtype=torch.float64)
         for a, b in combinations(range(len(self.names)), 2):
             drawn = zip(self.neurons, self.sizes[a].tolist(), self.sizes[b].tolist(), strict=True)
-            first, chances = _sum_of([hypergeometric(*three) for three in drawn])
+            first, chances = _sum_of([hypergeometric(*three) for three in drawn if three[1] and three[2]])
             counts = first + np.arange(len(chances))
             tail = np.cumsum(chances)
             low, high = (counts[np.searchsorted(tail, q)] for q in ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
@@ -127,13 +136,14 @@ class Atlas:
         """Return the atlas JSON-ready: matrices with A down and B across, null where there is no number."""
         null = self.null()
         sizes = self.sizes.sum(dim=1)[:, None]
+        shares, jaccard, expected = self.directional_by_layer(), self.jaccard_by_layer(), self.expected_by_layer()
         return {
             "sets": [
                 {"name": name, "neurons": int(row.sum()), "by_layer": row.tolist()}
-                for name, row in zip(self.names, self.sizes, strict=True)
+                for name, row in zip(self.names, self.in_layers(self.sizes), strict=True)
             ],
             "layers": list(self.layers),
-            "layer_neurons": list(self.neurons),
+            "layer_neurons": self.in_layers(torch.tensor(self.neurons)).tolist(),
             "common": self.common.sum(dim=2).tolist(),
             "directional": _plain(self.directional()),
             "jaccard": _plain(self.jaccard()),
@@ -146,9 +156,9 @@ class Atlas:
             "by_layer": [
                 {
                     "layer": layer,
-                    "directional": _plain(self.directional_by_layer()[:, :, i]),
-                    "jaccard": _plain(self.jaccard_by_layer()[:, :, i]),
-                    "random_directional": self.expected_by_layer()[:, i].tolist(),
+                    "directional": _plain(shares[:, :, i]),
+                    "jaccard": _plain(jaccard[:, :, i]),
+                    "random_directional": _plain(expected[:, :, i]),
                 }
                 for i, layer in enumerate(self.layers)
             ],
@@ -176,9 +186,12 @@ def overlap_atlas(sets: Mapping[str, Selection]) -> Atlas:
         _ = selections[0] & other  # tells sets that cannot be combined
     sites = sorted(selections[0].masks, key=lambda site: (site.layer, site))
     masks = [torch.stack([selection.masks[site] for selection in selections]).double() for site in sites]
+    blocks = list(dict.fromkeys((site.layer, site.kind) for site in sites))
+    numbers = {block: number for number, block in enumerate(blocks)}
     return Atlas(
         names=tuple(sets),
-        layers=tuple(site.layer for site in sites),
+        layers=tuple(layer for layer, _ in blocks),
+        blocks=tuple(numbers[site.layer, site.kind] for site in sites),
         neurons=tuple(mask.shape[1] for mask in masks),
         sizes=torch.stack([mask.sum(dim=1) for mask in masks], dim=1).long(),
         common=torch.stack([mask @ mask.T for mask in masks], dim=2).long(),

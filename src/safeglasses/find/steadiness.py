@@ -158,7 +158,7 @@ class Steadiness:
         that benign prompts alone give, half against half. ``found_at_half``: share that harmful prompts give when
         there are as few of them; only what it has beyond ``noise`` is about harm. ``stability.jaccard``: between
         two bootstrap resamples; ``stability.again``: share of the set that a resample finds again. Intervals hold
-        95 % of halvings or resamples.
+        95 % of halvings or resamples. Of fused experts a layer has one entry, with how many were ``rated``.
 
         Args:
             place: number of the rule and the cell.
@@ -166,16 +166,32 @@ class Steadiness:
             sites: neurons by site.
             rated: which of the sites were met by enough prompts; others are not counted.
         """
-        sites = {site: width for (site, width), there in zip(sites.items(), rated, strict=True) if there}
-        ks = [rule.k(width) for width in sites.values()]
+        ks = [rule.k(width) if there else 0 for width, there in zip(sites.values(), rated, strict=True)]
         total = max(sum(ks), 1)
-        found, noise, at_half = (part[place][list(rated)] for part in (self.found, self.noise, self.at_half))
+        counts = (self.found[place][:, None], self.noise[place], self.at_half[place])
+        found, noise, at_half = (part * torch.tensor(list(rated))[:, None] for part in counts)
         sizes = self.common[place].diagonal()
         union = sizes[:, None] + sizes[None] - self.common[place]
         pairs = torch.triu(torch.ones_like(union, dtype=torch.bool), diagonal=1)
         pairs[0] = False
         jaccard = (self.common[place].double() / union)[pairs & (union > 0)]
         again = (self.common[place][0, 1:].double() / sizes[0])[:] if int(sizes[0]) else torch.empty(0)
+        blocks: dict[tuple[int, str], list[int]] = {}
+        for number, site in enumerate(sites):
+            blocks.setdefault((site.layer, site.kind), []).append(number)
+        fused = {site.kind for site in sites if site.fused}
+
+        def layer(number: int, kind: str, rows: list[int]) -> dict[str, Any]:
+            k = sum(ks[row] for row in rows)
+            return {
+                "layer": number,
+                **({"experts": len(rows), "rated": sum(rated[row] for row in rows)} if kind in fused else {}),
+                "k": k,
+                "found": int(found[rows].sum()),
+                "noise": float(noise[rows].sum(dim=0).double().mean()) / k if k else None,
+                "found_at_half": float(at_half[rows].sum(dim=0).double().mean()) / k if k else None,
+            }
+
         return {
             "k": sum(ks),
             "found": int(found.sum()),
@@ -183,17 +199,7 @@ class Steadiness:
             "noise": _spread(noise.sum(dim=0) / total),
             "found_at_half": _spread(at_half.sum(dim=0) / total),
             "stability": {"resamples": len(sizes) - 1, "jaccard": _spread(jaccard), "again": _spread(again)},
-            "layers": [
-                {
-                    "layer": site.layer,
-                    **({"expert": site.path} if site.fused else {}),
-                    "k": k,
-                    "found": int(found[i]),
-                    "noise": float(noise[i].double().mean()) / k,
-                    "found_at_half": float(at_half[i].double().mean()) / k,
-                }
-                for i, (site, k) in enumerate(zip(sites, ks, strict=True))
-            ],
+            "layers": [layer(number, kind, rows) for (number, kind), rows in blocks.items()],
         }
 
 

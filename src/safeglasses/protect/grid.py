@@ -143,7 +143,8 @@ def held_bytes(worn: Sequence[Defence]) -> int:
         if isinstance(defence, Glasses):
             total += sum(row.nbytes for row in defence.effective().values())
         elif isinstance(defence, Shield):
-            total += sum(tensor.nbytes for change in defence.changes.values() for tensor in change.full())
+            held = (tensor for change in defence.changes.values() for tensor in (change.a, change.b))
+            total += sum(tensor.nbytes for tensor in held if tensor is not None)
     return total
 
 

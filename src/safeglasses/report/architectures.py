@@ -43,7 +43,8 @@ without linear maps, have no sites. Keys and values of cross-attention in the de
 _ALLOWED = """
 ## What may be done
 
-`yes`: with all neurons of the decoder; `maps`: with its linear maps, but not with all feed-forward neurons; `no`.
+`yes`: with all neurons of the decoder; `maps`: with its linear maps, but not with all feed-forward neurons; `experts`:
+with the neurons of fused experts alone; `no`.
 Numbers name the sentences below.
 """
 

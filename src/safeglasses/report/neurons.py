@@ -29,9 +29,10 @@ def neuron_table(contrast: "Contrast", rule: "RuleName | None" = None) -> dict[s
     cells = []
     for cell, (harmful, benign) in zip(contrast.cells, contrast.prompts, strict=True):
         known = sure.get(str(cell), {})
-        layers = [
-            {"layer": row["layer"], "found": row["selected"], "neurons": row["neurons"]} for row in sets[cell].table()
-        ]
+        blocks: dict[tuple[int, str], dict[str, int]] = {}
+        for row in sets[cell].table():
+            block = blocks.setdefault((row["layer"], row["kind"]), {"layer": row["layer"], "found": 0, "neurons": 0})
+            block["found"], block["neurons"] = block["found"] + row["selected"], block["neurons"] + row["neurons"]
         cells.append(
             {
                 "cell": str(cell),
@@ -39,10 +40,10 @@ def neuron_table(contrast: "Contrast", rule: "RuleName | None" = None) -> dict[s
                 "modality": cell.risk,
                 "harmful": harmful,
                 "benign": benign,
-                "k": sum(by.k(width) for width in widths),
+                "k": known.get("k", sum(by.k(width) for width in widths)),
                 "found": len(sets[cell]),
                 **{name: known.get(name) for name in ("found_share", "noise", "found_at_half", "stability")},
-                "layers": layers,
+                "layers": list(blocks.values()),
             }
         )
     both = [language for language in contrast.languages if {Cell(language, r) for r in RISKS} <= set(contrast.cells)]
@@ -103,7 +104,7 @@ def layers_map(record: Mapping[str, Any]) -> Figure:
         for layer in record["by_layer"]:
             known = [layer["directional"][i][j] for j in others if layer["directional"][i][j] is not None]
             mean = sum(known) / len(known) if known else None
-            random = [layer["random_directional"][j] for j in others]
+            random = [share for j in others if (share := layer["random_directional"][i][j]) is not None]
             row.append(mean)
             said.append(
                 f"layer {layer['layer']}<br>{html.escape(names[i])}<br>held by other languages: {_percent(mean)}"

@@ -208,7 +208,7 @@ def _found(summary: Mapping[str, Any]) -> Section:
                 (
                     Cell(f"{entry['found']:,}", f"{100 * entry['found_share']:.1f} % of k"),
                     Cell(f"{100 * noise['mean']:.1f}\u00a0%", f"{100 * noise['low']:.1f}–{100 * noise['high']:.1f}"),
-                    Cell(f"{stable['mean']:.2f}", f"{stable['low']:.2f}–{stable['high']:.2f}"),
+                    Cell("–") if stable is None else Cell(f"{stable['mean']:.2f}", _ends(stable)),
                 ),
             )
         )
@@ -224,10 +224,30 @@ def _found(summary: Mapping[str, Any]) -> Section:
         "Which neurons, and how sure",
         "Neurons among the top k for harmful requests and not for their harmless counterparts. Noise: the same "
         "difference between random halves of the harmless ones, as a share of k. Stability: Jaccard index of sets "
-        "found in resampled requests.",
+        "found in resampled requests." + _unrated(certainty) + _left_out(summary["left_out"]),
         table=Table(("language/risk", "found", "noise", "stability"), tuple(lines)),
         figures=figures,
     )
+
+
+def _unrated(certainty: Mapping[str, Any]) -> str:
+    layers = [layer for entry in certainty.values() for layer in entry["layers"] if "experts" in layer]
+    rated, every = sum(layer["rated"] for layer in layers), sum(layer["experts"] for layer in layers)
+    if rated == every:
+        return ""
+    return (
+        f" Of the experts, {100 * rated / every:.0f} % were met by enough requests of a language and risk type; no "
+        "neuron of the others was looked for there."
+    )
+
+
+def _left_out(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 1} more maps" if len(paths) > 1 else ""
+    return f" Not looked at: what {paths[0]}{more} read, since no PEFT adapter could change it." if paths else ""
+
+
+def _ends(spread: Mapping[str, float]) -> str:
+    return f"{spread['low']:.2f}–{spread['high']:.2f}"
 
 
 def _chips(summary: Mapping[str, Any]) -> Iterable[Chip]:

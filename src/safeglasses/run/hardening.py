@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safeglasses.data.examples import Example
 from safeglasses.defend.home import FOLDED
+from safeglasses.defend.weights import scale_weights
+from safeglasses.find.contrasting import feed_forward_sites
 from safeglasses.find.selection import Selection
 from safeglasses.model.anatomy import module
 from safeglasses.model.vlm import VLM
 from safeglasses.tune.config import TuneConfig
+from safeglasses.tune.layers import carried_by_peft
 from safeglasses.tune.shield import Shield
 from safeglasses.tune.training import tune
 
@@ -30,16 +33,13 @@ def defended(vlm: VLM, shield: Shield | None) -> VLM:
 
 
 def pruned(vlm: VLM, neurons: Selection) -> None:
-    """Set the neurons' columns of the output maps to zero, in place: what they are no longer matters."""
-    for site, mask in neurons.masks.items():
-        weight = _weight(vlm, site.path)
-        with torch.no_grad():
-            weight[:, mask.to(weight.device)] = 0
+    """Set what reads the neurons to zero in the output maps, in place: what they are no longer matters."""
+    scale_weights(vlm.model, vlm.anatomy, {site: (~mask).float().cpu() for site, mask in neurons.masks.items()})
 
 
 def fine_tuned(vlm: VLM, examples: Sequence[Example], *, steps: int = STEPS, config: TuneConfig) -> None:
     """Train gate and up of every layer on benign examples for some steps, in place: LoRA without a mask."""
-    sites = vlm.anatomy.sites("neurons")
+    sites = carried_by_peft(vlm.model, vlm.anatomy, feed_forward_sites(vlm))
     every = Selection({site: torch.ones(vlm.anatomy.width(site), dtype=torch.bool) for site in sites})
     trained = tune(vlm, every, examples, mode="plain", config=replace(config, max_steps=steps))
     trained.fold(vlm)
@@ -47,19 +47,29 @@ def fine_tuned(vlm: VLM, examples: Sequence[Example], *, steps: int = STEPS, con
 
 
 def rounded_to_int8(vlm: VLM) -> None:
-    """Round the weights of the decoder's linear maps to 8 bits a row, in place (largest magnitude = 127).
+    """Round the weights of the decoder's linear maps and fused experts to 8 bits a row, in place (largest = 127).
 
     What weight-only int8 serving computes with, up to its own arithmetic.
     """
-    for path in dict.fromkeys(site.path for site in vlm.anatomy.sites("linears")):
-        weight = _weight(vlm, path)
-        with torch.no_grad():
-            weight.copy_(rounded(weight))
+    anatomy = vlm.anatomy
+    linear = dict.fromkeys(site.path for site in anatomy.sites("linears"))
+    weights = [(module(vlm.model, anatomy, path).get_parameter("weight"), -1) for path in linear]
+    for path, experts in anatomy.experts.items():
+        names = (f"{anatomy.absolute_path(path)}.{name}" for name in (*experts.makers, experts.down))
+        weights += [(vlm.model.get_parameter(name), -2 if experts.transposed else -1) for name in names]
+    with torch.no_grad():
+        for weight, axis in weights:
+            weight.copy_(rounded(weight, axis))
 
 
-def rounded(weight: Tensor) -> Tensor:
-    """Return a matrix as it is after symmetric rounding of each row to 255 levels."""
-    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+def rounded(weight: Tensor, axis: int = -1) -> Tensor:
+    """Return a weight as it is after symmetric rounding of each row to 255 levels.
+
+    Args:
+        weight: a matrix, or several.
+        axis: along which a row lies: that of the inputs.
+    """
+    scale = weight.float().abs().amax(dim=axis, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
     return (weight.float() / scale).round().mul(scale).to(weight.dtype)
 
 
@@ -70,7 +80,3 @@ def treatments(neurons: Selection, ordinary: Sequence[Example], config: TuneConf
         found["benign fine-tuning"] = lambda vlm: fine_tuned(vlm, ordinary, config=config)
     found["int8"] = rounded_to_int8
     return found
-
-
-def _weight(vlm: VLM, path: str) -> nn.Parameter:
-    return module(vlm.model, vlm.anatomy, path).get_parameter("weight")

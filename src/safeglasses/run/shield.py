@@ -15,7 +15,8 @@ from safeglasses.report.shield_page import write_shield_page
 from safeglasses.run.folder import RunFolder
 from safeglasses.run.inputs import content_of, judge_of
 from safeglasses.run.shield_data import read_shield_data, shipped_languages
-from safeglasses.run.shield_job import Job, ShieldPlan
+from safeglasses.run.shield_job import Job
+from safeglasses.run.shield_plan import ShieldPlan, sites_for
 from safeglasses.tune.shield import Shield
 
 
@@ -108,6 +109,7 @@ def shield(
     RunFolder.examine(path, inputs, overwrite=overwrite)
     with show.stage("load"):
         vlm = load(model, dtype=dtype, device_map=device_map, revision=revision)
+    sites = sites_for(plan, vlm, show)
     with show.stage("read and check the data"):
         data = read_shield_data(
             vlm,
@@ -122,7 +124,7 @@ def shield(
         )
         data.training()
     folder = RunFolder.open(path, inputs, overwrite=overwrite)
-    job = Job(vlm, data, plan, rule, folder, seed, batch_size, show)
+    job = Job(vlm, data, plan, rule, sites, folder, seed, batch_size, show)
     job.check_base()
     contrast = job.contrast()
     job = job.completed()

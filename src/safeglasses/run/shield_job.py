@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safeglasses.data.examples import Example
 from safeglasses.data.probes import Cell
@@ -14,50 +14,26 @@ from safeglasses.defend.glasses import Glasses
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import read_json
 from safeglasses.find.contrast import FILE, Contrast
-from safeglasses.find.contrasting import Tokens, measure_contrast
+from safeglasses.find.contrasting import measure_contrast
 from safeglasses.find.overlap import atlas_of
 from safeglasses.find.rules import Rule
 from safeglasses.find.selection import Selection
 from safeglasses.measure.measurement import Measurement, measure
 from safeglasses.measure.respond import Decoding
+from safeglasses.model.sites import Site
 from safeglasses.model.vlm import VLM
 from safeglasses.progress import Progress
 from safeglasses.run.folder import RunFolder
 from safeglasses.run.hardening import defended, treatments
 from safeglasses.run.shield_data import ShieldData
+from safeglasses.run.shield_plan import ShieldPlan, left_out
 from safeglasses.run.shield_summary import choice_of, gates_of, rows_of, transfer_of, verdict
 from safeglasses.tune.amplify import amplify
-from safeglasses.tune.config import TuneConfig
 from safeglasses.tune.counting import Counts, count
 from safeglasses.tune.shield import Shield
 from safeglasses.tune.training import tune
 
-ShieldMode = Literal["lora", "rows", "freeze", "amplify"]
-Transfer = Literal["none", "zero-shot", "matrix"]
 SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShieldPlan:
-    """What a run does, beside its data."""
-
-    mode: ShieldMode = "lora"
-    """``lora`` (the paper's), ``rows``, ``freeze`` (SafeNeuron) or ``amplify`` (nothing is trained)."""
-    rule: str = "precise-shield"
-    """How neurons are found; `safeglasses.find.rules.RULES`."""
-    share: float | None = None
-    """p of the rule; None: as the rule says."""
-    tokens: Tokens = "last"
-    """Over which tokens activations are taken."""
-    controls: int = 3
-    """Random sets of neurons that are tuned in the same way, each from another seed."""
-    transfer: Transfer = "zero-shot"
-    """``zero-shot``: also tune on English alone (else the first language), its text-dominant requests and all of them;
-    ``matrix``: neurons and data of every two cells of English and the last language; ``none``."""
-    robustness: bool = True
-    """Measure again after pruning, benign fine-tuning and rounding to int8; needs the model twice in memory."""
-    tune: TuneConfig = TuneConfig()  # noqa: RUF009  (frozen)
-    """Numbers of every training."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +44,8 @@ class Job:
     data: ShieldData
     plan: ShieldPlan
     rule: Rule
+    sites: tuple[Site, ...] | None
+    """Where neurons are looked for; None: wherever they can be."""
     folder: RunFolder
     seed: int
     batch_size: int | str
@@ -91,7 +69,13 @@ class Job:
             return Contrast.load(path)
         with self.folder.timed("find"), self.show.stage("find safety neurons") as advance:
             found = measure_contrast(
-                self.vlm, self.data.found, rules=(self.rule,), tokens=self.plan.tokens, seed=self.seed, progress=advance
+                self.vlm,
+                self.data.found,
+                rules=(self.rule,),
+                tokens=self.plan.tokens,
+                sites=self.sites,
+                seed=self.seed,
+                progress=advance,
             )
         found.save(path)
         return found
@@ -134,7 +118,8 @@ class Job:
             if mode == "amplify":
                 return self._amplified(name, neurons, home)
             config = replace(self.plan.tune, seed=self.seed if seed is None else seed)
-            config = config if steps is None else replace(config, max_steps=steps)
+            if steps is not None or any(site.fused for site in neurons.masks):  # few prompts, or few for each expert
+                config = replace(config, max_steps=steps or config.max_steps, empty_layers="skip")
             if mode == "freeze":
                 rows = self._preferences(rows)
             self.show.say(f"tune: {name}")
@@ -235,6 +220,9 @@ class Job:
         steps = self.plan.tune.max_steps or self._steps(len(self.data.training()))
         for where, what in self._sources(contrast):
             neurons = reduce(or_, [contrast.neurons(cell) for cell in self._cells(contrast, where)])
+            if not len(neurons):
+                self.show.say(f"no transfer from {where}: no neuron was found there")
+                continue
             cells = self._cells(contrast, what)
             name = f"{where}+{what}".replace("/", "-")
             made = self.tuned(name, neurons, self.data.training(cells), self.plan.mode, steps=steps)
@@ -291,6 +279,7 @@ class Job:
             "parameters": counts["shield"],
             "parameters_of_controls": {name: value for name, value in counts.items() if name != "shield"},
             "certainty": {name: dict(value) for name, value in contrast.certainty[self.rule.name].items()},
+            "left_out": left_out(self.vlm, self.sites),
             "overlap": None if atlas is None else {"summary": atlas.summary(), **atlas.record()},
             "rows": rows,
             "choice": choice_of(measured, list(seeds), rows),

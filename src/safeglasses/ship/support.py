@@ -8,9 +8,10 @@ from torch import nn
 from safeglasses.errors import SafeglassesError
 from safeglasses.model import loading
 from safeglasses.model.anatomy import Anatomy
+from safeglasses.tune.layers import carried_by_peft
 from safeglasses.tune.targets import check_tunable, makers_of
 
-Level = Literal["yes", "linear maps", "no"]
+Level = Literal["yes", "linear maps", "experts", "no"]
 ACTIONS = ("capture", "wear", "fold", "IA3", "LoRA", "shield")
 
 
@@ -21,7 +22,8 @@ class Support:
     action: str
     """One of `ACTIONS`."""
     level: Level
-    """``linear maps``: with the linear maps of the decoder, but not with all feed-forward neurons."""
+    """``linear maps``: with the linear maps of the decoder, but not with all feed-forward neurons; ``experts``: with
+    the neurons of fused experts alone."""
     why: str = ""
     """Why not everywhere."""
 
@@ -63,10 +65,10 @@ def support(model: nn.Module, anatomy: Anatomy) -> tuple[Support, ...]:
     found = [
         Support(action, "linear maps" if action in limits else "yes", limits.get(action, "")) for action in ACTIONS[:5]
     ]
-    return (*found, _shield(anatomy))
+    return (*found, _shield(model, anatomy))
 
 
-def _shield(anatomy: Anatomy) -> Support:
+def _shield(model: Any, anatomy: Anatomy) -> Support:
     if any(site.expert is not None and not site.fused for site in anatomy.neurons):
         return Support(
             "shield", "no", "experts that are modules of their own have no gradient in a step without a token for them"
@@ -79,6 +81,8 @@ def _shield(anatomy: Anatomy) -> Support:
         return Support("shield", "no", error.what)
     if not anatomy.neurons:
         return Support("shield", "no", anatomy.ffn_reason)
+    if len(carried_by_peft(model, anatomy, anatomy.neurons)) < len(anatomy.neurons):
+        return Support("shield", "experts", "PEFT takes the linear maps that make the other neurons for experts")
     return Support("shield", "yes")
 
 

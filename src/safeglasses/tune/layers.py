@@ -6,7 +6,7 @@ dropout, scaling, casting and everything that is built on PEFT stay as they are.
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.model.anatomy import Anatomy
+from safeglasses.model.sites import Site
 from safeglasses.model.weights import whole
 from safeglasses.tune.change import Change
 from safeglasses.tune.config import TuneConfig
-from safeglasses.tune.targets import Target
+from safeglasses.tune.targets import Target, makers_of
 
 ADAPTER = "default"
 _CHECKPOINTING = "gradient_checkpointing"  # where transformers keeps it, whatever its method is called
@@ -80,18 +81,11 @@ def check_names_kept(model: PreTrainedModel, config: LoraConfig) -> None:
     """Refuse a model of whose linear maps PEFT takes some for experts as transformers 4 had them.
 
     PEFT then trains, and loads, a LoRA of all fused experts instead (GLM-4.5V's shared experts).
-    Source: PEFT 0.21, ``_convert_peft_config_moe`` in ``utils/transformers_weight_conversion.py``.
 
     Raises:
         SafeglassesError: naming a map.
     """
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # a version before it converted anything
-        return
-    other = copy.deepcopy(config)
-    convert_peft_config_for_transformers(other, model=model, conversions=None)
-    lost = sorted(set(config.target_modules or ()) - set(other.target_modules or ()))
+    lost = _taken_for_experts(model, config)
     if lost:
         raise SafeglassesError(
             "PEFT takes linear maps of this model for experts, by their names",
@@ -100,6 +94,35 @@ def check_names_kept(model: PreTrainedModel, config: LoraConfig) -> None:
             do="tune Selection({site: mask for site, mask in neurons.masks.items() if site.fused}); neurons of linear "
             "maps can be scaled by glasses",
         )
+
+
+def carried_by_peft(model: PreTrainedModel, anatomy: Anatomy, sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Return those feed-forward sites whose neurons' changes an adapter can hold: not those `check_names_kept` refuses.
+
+    Args:
+        model: on any device, the meta device included.
+        anatomy: of the model.
+        sites: inputs of feed-forward output maps, or of fused experts.
+    """
+    sites = tuple(sites)
+    makers = {s: [anatomy.absolute_path(p) for p in makers_of(anatomy, s.path)] for s in sites if not s.fused}
+    names = [name for some in makers.values() for name in some]
+    lost = set(_taken_for_experts(model, LoraConfig(target_modules=names))) if names else set()
+    return tuple(site for site in sites if lost.isdisjoint(makers.get(site, ())))
+
+
+def _taken_for_experts(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Return the linear maps that PEFT reads as experts.
+
+    Source: PEFT 0.21, ``_convert_peft_config_moe`` in ``utils/transformers_weight_conversion.py``.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a version before it converted anything
+        return []
+    other = copy.deepcopy(config)
+    convert_peft_config_for_transformers(other, model=model, conversions=None)
+    return sorted(set(config.target_modules or ()) - set(other.target_modules or ()))
 
 
 @contextmanager

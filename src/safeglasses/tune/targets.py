@@ -201,9 +201,9 @@ def _checked_sites(anatomy: Anatomy, text_config: Any, neurons: Selection, confi
             expected="at least one neuron",
             do="select a larger share of the neurons",
         )
-    blocks = {site: site.path.rpartition(".")[0] if site.fused else site.path for site in sites}
+    blocks = {site: (site.layer, site.kind) for site in sites}
     filled = {block for site, block in blocks.items() if site not in empty}  # one expert is enough for its layer
-    bare = list({block: site.layer for site, block in blocks.items() if block not in filled}.values())
+    bare = [layer for layer, kind in dict.fromkeys(blocks.values()) if (layer, kind) not in filled]
     if bare and config.empty_layers == "refuse":
         layers = ", ".join(str(layer) for layer in bare[:8]) + (" …" if len(bare) > 8 else "")
         raise SafeglassesError(
