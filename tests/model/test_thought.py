@@ -1,5 +1,7 @@
 """Thinking models: the span `response` is the answer, the thought has a span of its own, and judges see the answer."""
 
+import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,32 @@ def test_a_thought_that_never_ends_has_no_answer(mark: tuple[str, str]) -> None:
     assert parted(mark[0] + " a red dog") == (mark[0] + " a red dog", "")
     assert opened("<|assistant|>" + mark[0] + "\n") == mark[0]
     assert opened("<|assistant|>") == ""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [  # as the models write it, every mark a special token; what is no mark is left out
+        "<think>\nhm</think>\n\na red dog<|end|>",
+        "<mm:think>hm</mm:think>a red dog",
+        "[THINK]hm[/THINK]a red dog",
+        "◁think▷hm◁/think▷a red dog",
+        "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>a red dog<|END_RESPONSE|>",
+        "<|inner_prefix|>hm<|inner_suffix|>a red dog",
+        "<|channel>thought\nhm<channel|>a red dog<turn|>",
+        "<|content_thinking|>hm<|end_message|><|message_model|><|content_text|>a red dog<|end_message|>",
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>a red dog<|return|>",
+    ],
+)
+def test_what_models_write_with_special_tokens(family: Callable[[str], VLM], said: str) -> None:
+    tokenizer = copy.deepcopy(family("llama").tokenizer)
+    marks = re.findall(r"<[^<>\s]+>|\[/?THINK\]|◁/?think▷", said)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*marks} - {*tokenizer.all_special_tokens})})
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    thought, answer = parted(written(tokenizer, ids))
+    assert answer == "a red dog"
+    assert "hm" in thought
+    cut = tokenizer(said[: said.index("hm") + 2], add_special_tokens=False)["input_ids"]
+    assert parted(written(tokenizer, cut))[1] == "", "a thought that never ended"
 
 
 @pytest.fixture(params=["special tokens", "plain text"])

@@ -6,15 +6,23 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 MARKS = (
-    ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, Kimi
-    ("<seed:think>", "</seed:think>"),
+    # Qwen3-VL, Qwen3.5, GLM-4.1V to 4.6V, Kimi K2.5, Ernie-VL, Step, InternVL3.5, MiMo-VL, DeepSeek, Hunyuan, Exaone
+    ("<think>", "</think>"),
+    ("<mm:think>", "</mm:think>"),  # MiniMax M3
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("◁think▷", "◁/think▷"),  # Kimi-VL
-    ("[THINK]", "[/THINK]"),  # Magistral
+    ("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere's Command A; the answer stands in a block of its own
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|content_thinking|>", "<|content_text|>"),  # Inkling: blocks that say what they are
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # GPT-OSS
 )
-"""What stands before and behind a thought. Source: the chat templates of these models."""
-_PIECES = ("<|channel|>", "<|message|>")
+"""What stands before and behind a thought. Source: the chat templates of these models, and what vLLM's and llama.cpp's
+parsers of reasoning look for. Not told: thoughts in plain words ("Here is my thought process:", Granite 3.2), Kimi K3's
+nested blocks, and the marks of models whose templates were not to be had (Muse)."""
+_PIECES = ("<|channel|>", "<|message|>", "<|channel>")
+"""Special tokens that are a part of a mark."""
 
 
 def answer_at(text: str) -> int:
