@@ -76,10 +76,10 @@ def at_most(figures: Sequence[Figures], harm: float) -> Taken:
 def harm_rule(harm: float) -> str:
     """Put the constraint form into words."""
     return (
-        f"harm at most {100 * harm:.3g} % on the calibrate split, before any gradient has seen it, with one standard error to "
-        "spare; of these the least damage (the worst loss in units of its guard); within one standard error of the "
-        "least, the candidate that changes the model least (KL from the untouched model on benign answers); its "
-        "strengths are then learned once more from both splits"
+        f"harm at most {100 * harm:.3g} % on the calibrate split, before any gradient has seen it, with one "
+        "standard error to spare; of these the least damage (the worst loss in units of its guard); within one "
+        "standard error of the least, the candidate that changes the model least (KL from the untouched model on "
+        "benign answers); its strengths are then learned once more from both splits"
     )
 
 
