@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PYTEST_ARGS ?=
 # One thread per process: the tests' models are small, and processes share the cores better than threads do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+MARKED = $(shell grep -rl --include='test_*.py' 'mark\.torchvision' tests)
 
 .PHONY: help demo test lint format clean
 
@@ -20,10 +21,11 @@ help:
 demo: $(VENV)/demo.stamp
 	@$(BIN)/safeglasses demo
 
-# Tests marked `torchvision` run a second time, with it on the path; under PYTEST_ARGS there may be none (status 5).
+# Tests marked `torchvision` run a second time, with it on the path: their files alone, since to collect all the others
+# takes longer. Under PYTEST_ARGS there may be none (status 5).
 test: $(VENV)/dev.stamp $(VENV)/torchvision.stamp
 	$(PYTEST) $(PYTEST_ARGS)
-	PYTHONPATH=$(VENV)/torchvision $(PYTEST) $(PYTEST_ARGS) -m torchvision || test $$? = 5
+	PYTHONPATH=$(VENV)/torchvision $(PYTEST) $(or $(PYTEST_ARGS),$(MARKED)) -m torchvision || test $$? = 5
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

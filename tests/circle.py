@@ -28,6 +28,16 @@ from safeglasses.ship.fold import fold_checkpoint
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 RESPONSES = ("a red dog", "you", "sorry I cannot help with that", "Grüße 🐕", "the blue cat on a green chair")
+FILMED = (
+    "family",
+    "tokens of four frames",
+    "times as text",
+    "several videos a chat",
+    "pictures beside them",
+    "capture",
+    "wear, take off",
+    "same text",
+)
 STEPS = ("capture", "wear, take off", "save, load", "fold", "reload alone", "same text")
 WITHIN = 1e-4
 """Largest difference of a logit or of an activation that rounding in another order makes."""
@@ -79,20 +89,24 @@ def row(name: str, folder: Path) -> str:
     return "| " + " | ".join([f"`{name}`", shape(vlm), takes, spans, *made.values()]) + " |"
 
 
-def page(rows: Iterable[str]) -> str:
-    """Return the page from its lines."""
-    lines = list(rows)
+def page(rows: Iterable[str], films: Iterable[str]) -> str:
+    """Return the page from the lines of its two tables."""
+    lines, videos = list(rows), list(films)
     pictured = sum("| none |" not in line for line in lines)
     whole = sum(line.count("| yes") == len(STEPS) for line in lines)
-    head = _HEAD.format(n=len(lines), pictured=pictured, whole=whole)
+    head = _HEAD.format(n=len(lines), pictured=pictured, whole=whole, second=len(families.NEED_TORCHVISION))
     titles = ("family", "its decoder", "pictures a chat", "picture tokens", *STEPS)
-    table = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines]
-    return head + "\n".join(table) + "\n\n" + _ADDING
+    return head + _table(titles, lines) + _VIDEOS.format(films=len(videos)) + _table(FILMED, videos) + _ADDING
 
 
-def rows_of(text: str) -> dict[str, str]:
-    """Return the lines of a page by family."""
-    return {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}  # not those of a diff
+def rows_of(text: str, *, films: bool = False) -> dict[str, str]:
+    """Return the lines of a page's first table by family, or those of the table of videos."""
+    lines = text.partition("## Videos")[2 if films else 0].splitlines()
+    return {line.split("`")[1]: line for line in lines if line.startswith("| `")}  # not those of a diff
+
+
+def _table(titles: Sequence[str], lines: Sequence[str]) -> str:
+    return "\n".join(["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles), *lines]) + "\n\n"
 
 
 def captured(vlm: VLM) -> str:
@@ -232,7 +246,7 @@ def shape(vlm: VLM) -> str:
 def _beside(vlm: VLM) -> list[str]:
     """Return what else with linear maps layers hold, beside attention and feed-forward."""
     found = {Site(path, "out").kind.removesuffix(":out").partition(".")[0] for path in vlm.anatomy.linears}
-    plain = re.compile(r"((self|cross|encoder)_)?attn|fc\d|mlp")
+    plain = re.compile(r"((self|cross|encoder)_)?attn|fc\d|mlp|feed_forward")
     return sorted(name for name in found if not plain.fullmatch(name))
 
 
@@ -286,8 +300,24 @@ alone.
 - *reload alone*: the folded checkpoint, streamed on disk and loaded by `transformers`, has the weights of folding in
   memory to the last bit, and *same text*: its own `generate` writes, token by token, what the worn model wrote.
 
-Families whose processor needs torchvision as a whole (Mistral 3) or num2words (SmolVLM) are not here: the tests do
-without.
+The last {second} ran with torchvision's Python half alone, in the tests' second run: their processors need it, or they
+are about videos ([CONTRIBUTING.md](../CONTRIBUTING.md)). All others ran without it. Not here: GOT-OCR2, whose processor
+takes no chats, and Perception LM, whose tower needs timm.
+
+"""
+_VIDEOS = """## Videos
+
+{films} of these families take videos; every line was written by a run with torchvision's Python half.
+
+- *tokens of four frames*: those of the span, and of how many of them the embedding changes with the frames, one by one.
+  Every frame moves some, and none moves a token outside the span.
+- *times as text*: what the processor writes between frames says when they were taken; such words are no picture tokens.
+- *several videos a chat*: `of unlike lengths`, or of as many frames each. *pictures beside them*: in the same chat.
+  `refused` is an error before the model runs.
+- *capture*: pooled activations of every site are those of one video at a time, for videos of three sizes in one batch;
+  logits with padding on either side. *wear, take off*: as above. *same text*: greedy answers one by one and in a batch.
+
+Kimi K2.5 has a video processor, but its forward in transformers 5.23 fails on chunks of several frames.
 
 """
 _ADDING = """## Adding a family
@@ -298,7 +328,7 @@ every test over families runs it: the circle, picture tokens by brute force, fil
 Nothing in `src/` knows a family by name but the table in `model/decoders.py`, which has one line, for a model whose own
 `get_decoder()` leads elsewhere; if a family breaks, what it breaks is mended by structure.
 
-This is the whole commit that added GLM-4.6V, its lines of context left out:
+This is the whole commit that added GLM-4.6V (its videos came later), its lines of context left out:
 
 ```diff
 --- a/tests/families/qwens.py

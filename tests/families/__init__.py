@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-from families import both, gemmas, llavas, moes, others, qwens
+from families import both, gemmas, llavas, moes, others, qwens, second
 from families.parts import VOCAB, Family
 
 _CORPUS = (
@@ -26,16 +26,19 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SPECS = {**llavas.SPECS, **gemmas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS}
-NEED_TORCHVISION = ("mistral3",)
-FAMILIES = tuple(name for name in _SPECS if name not in NEED_TORCHVISION or is_torchvision_available())
-"""The families that can chat here."""
+_SPECS = {**llavas.SPECS, **gemmas.SPECS, **qwens.SPECS, **moes.SPECS, **others.SPECS, **both.SPECS, **second.SPECS}
+EVERY = tuple(_SPECS)
+"""All families, in the order of docs/families.md."""
+NEED_TORCHVISION = tuple(second.SPECS)
+"""Those that are looked at where there is torchvision alone."""
+FAMILIES = tuple(name for name in EVERY if name not in NEED_TORCHVISION or is_torchvision_available())
+"""Those that can chat here."""
 MIXTURES = tuple(name for name in FAMILIES if name in moes.SPECS)
 """Those with fused experts, beside linear maps or in all layers."""
 TEXT_ONLY = tuple(name for name in FAMILIES if _SPECS[name].processor is None)
-PICTURES = {name: () if name in TEXT_ONLY else _SPECS[name].pictures for name in FAMILIES}
+PICTURES = {name: () if name in TEXT_ONLY else _SPECS[name].pictures for name in EVERY}
 """How many pictures one chat with each family may hold, as far as the tests go."""
-VIDEOS = tuple(name for name in FAMILIES if _SPECS[name].video)
+VIDEOS = tuple(name for name in EVERY if _SPECS[name].video)
 """Those that take videos, where there is torchvision."""
 SIZES = ((24, 24), (40, 24), (24, 60), (12, 12), (33, 50))
 """Picture sizes that families treat differently."""

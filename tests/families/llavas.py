@@ -99,27 +99,6 @@ def _internvl_processor(tokenizer: Any) -> ProcessorMixin:
     )
 
 
-def _mistral3(ids: dict[str, int]) -> Any:
-    return get("mistral3.Mistral3Config")(
-        text_config={"model_type": "mistral", **text(head_dim=8)},
-        vision_config={"model_type": "pixtral", **vision(image_size=48, head_dim=8)},
-        image_token_index=ids["[IMG]"],
-        spatial_merge_size=2,
-        tie_word_embeddings=False,
-    )
-
-
-def _mistral3_processor(tokenizer: Any) -> ProcessorMixin:
-    return get("pixtral.PixtralProcessor")(
-        image_processor=pil("pixtral", "PixtralImageProcessorPil")(
-            size={"longest_edge": 48}, patch_size={"height": 8, "width": 8}
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        spatial_merge_size=2,
-    )
-
-
 def _aya_vision(ids: dict[str, int]) -> Any:
     """Attention and feed-forward read the same norm, side by side."""
     return get("aya_vision.AyaVisionConfig")(
@@ -192,13 +171,6 @@ SPECS: dict[str, Family] = {
         named=_INTERN,
         image="<IMG_CONTEXT>",
         video="<video>",
-    ),
-    "mistral3": Family(
-        _mistral3,
-        "Mistral3ForConditionalGeneration",
-        _mistral3_processor,
-        tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
-        image="[IMG]",
     ),
     "aya_vision": Family(
         _aya_vision,

@@ -6,8 +6,7 @@ from typing import Any
 from transformers.processing_utils import ProcessorMixin
 
 from families import qwens
-from families.parts import IMAGE, MROPE, Family, get, pil, text, vision
-from safeglasses.model import processors
+from families.parts import IMAGE, MROPE, Family, get, pil, text, vision, with_video
 
 
 def _qwen3_vl_moe(ids: dict[str, int]) -> Any:
@@ -84,7 +83,9 @@ def _ernie_processor(tokenizer: Any) -> ProcessorMixin:
     images = pil("ernie4_5_vl_moe", "Ernie4_5_VLMoeImageProcessorPil")(
         patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
     )
-    return processors.without_video(get("ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor"))(images, tokenizer)
+    size = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 1024}, "draw_on_frames": False}
+    path, package, name = "ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor", "ernie4_5_vl_moe", "Ernie4_5_VLMoeVideoProcessor"
+    return with_video(path, package, name, **size)(image_processor=images, tokenizer=tokenizer)
 
 
 def _aria(ids: dict[str, int]) -> Any:
@@ -125,6 +126,7 @@ SPECS: dict[str, Family] = {
             "video_end_token": "<|VIDEO_END|>",
         },
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        video="<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>",
     ),
     "aria": Family(_aria, "AriaForConditionalGeneration", _aria_processor, named=IMAGE, image="<image>"),
     "gpt_oss": Family(_gpt_oss, "GptOssForCausalLM"),

@@ -11,7 +11,11 @@ import families
 from circle import changed, embedded, one_message
 from safeglasses.model.vlm import VLM, Chat
 
-PICTURED = [name for name in families.FAMILIES if families.PICTURES[name]]
+PICTURED = [
+    pytest.param(name, marks=pytest.mark.torchvision) if name in families.NEED_TORCHVISION else name
+    for name in families.EVERY
+    if families.PICTURES[name]
+]
 CROSSING = ("idefics", "mllama")
 """Pictures enter by cross-attention alone: no embedding changes, and the span is the placeholder."""
 
@@ -25,6 +29,12 @@ AROUND = {
     "idefics3": "<fake_token_around_image> <global-img> Ċ <row_1_col_1> <row_1_col_2> <row_2_col_1> <row_2_col_2>",
     "florence2": "<s> </s>",  # its prompt without a picture has none of a text's
     "t5gemma2": "Ċ <start_of_image> <end_of_image>",
+    "mistral3": "[IMG_BREAK] [IMG_END]",
+    "smolvlm": "<fake_token_around_image> <global-img> Ċ <row_1_col_1> <row_1_col_2> <row_2_col_1> <row_2_col_2>",
+    "cohere2_vision": "<|START_OF_IMG|> <|IMG_LINE_BREAK|> <|END_OF_IMG|>",
+    "lfm2_vl": "<|image_start|> <|image_end|>",
+    "llama4": "<|image_start|> <|tile_x_separator|> <|tile_y_separator|> <|image|> <|image_end|>",
+    "kimi_k25": "<|media_begin|> i m a g e <|media_content|> <|media_end|>",
 }
 """What else a prompt has because of its picture, where no id tells: marks, and line breaks."""
 

@@ -213,6 +213,17 @@ def test_capture_of_all_experts_leaves_out_who_was_not_sent(llama4: VLM) -> None
         torch.testing.assert_close(found[site], alone[site], atol=1e-5, rtol=1e-3, equal_nan=True)
 
 
+def test_a_router_that_is_a_linear_map_is_no_site(llama4: VLM) -> None:
+    """It gives a pair: there is no value to pool or to scale."""
+    path = next(iter(llama4.anatomy.experts)).rpartition(".")[0]
+    router = llama4.model.get_submodule(llama4.anatomy.absolute_path(f"{path}.router"))
+    assert isinstance(router, nn.Linear)
+    assert f"{path}.router" not in llama4.anatomy.linears
+    sites = llama4.anatomy.sites("linears")
+    found = capture(llama4, [example_of(0, pictures=0)], sites=sites, pools=POOLS, batch_size=1)
+    assert found.values.keys() == set(sites)
+
+
 def test_shared_experts_with_gates_apart(inkling: VLM) -> None:
     kinds = {path.rpartition(".")[2]: fused for path, fused in inkling.anatomy.experts.items()}
     assert kinds["experts"].dispatched

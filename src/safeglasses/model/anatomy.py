@@ -262,7 +262,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     widths: dict[str, tuple[int, int]] = {}
     for path, child in decoder.named_modules():
         if path.startswith(layers_path + "."):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and "router" not in type(child).__name__.lower():
+                # a router that is one (Llama 4, PhiMoE) gives its choices beside its scores, and no tensor
                 widths[path] = (child.in_features, child.out_features)
             elif isinstance(child, Conv1D):
                 widths[path] = (child.nx, child.nf)

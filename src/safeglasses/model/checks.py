@@ -97,6 +97,15 @@ def _check_half(chats: Sequence[Chat], films: Sequence[int], processor: Processo
     mixed = [index for index in films if chats[index].images]
     if both and mixed:
         raise _not_both(chats, mixed[0], f"{name} calls both {' and '.join(sorted(both))}")
+    unlike = [index for index in films if len(set(chats[index].layout[1:])) > 1]
+    if unlike and getattr(half, "do_pad", None):
+        raise SafeglassesError(
+            "this model's processor wants as many frames of every video in a chat",
+            given=f"videos of {' and '.join(map(str, chats[unlike[0]].layout[1:]))} frames in chat {unlike[0]}; {name} "
+            "fills up the shorter ones, and counts that in the prompt",
+            expected="one number of frames",
+            do=f"give them one number of frames, or {_AS_PICTURES}",
+        )
 
 
 def check_told_apart(chats: Sequence[Chat], inputs: Mapping[str, Tensor], tokens: Tensor) -> None:

@@ -241,7 +241,8 @@ class Encoder:
             raise SafeglassesError(
                 "the model's chat template or processor refuses a chat",
                 given=str(error).strip().splitlines()[0],
-                expected="roles in an order that the template knows, and no picture placeholder in the texts",
+                expected="roles in an order that the template knows, and no picture placeholder in the texts"
+                + ("; with some models as many frames of every video in a chat" if videos else ""),
                 do="mend the messages: drop system turns, join turns of one role, remove <image> etc.",
             ) from error
 
