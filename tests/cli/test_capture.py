@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+import families
 from forked import Forked, ranks
 from safeglasses.cli import execute
 from safeglasses.find.evidence import Evidence
@@ -100,6 +101,21 @@ def test_two_processes_count_the_same(counted: Path, tiny: Path, data: Path, tmp
             assert torch.equal(one.columns[name][site], two.columns[name][site])
         for name in ("mean_toxic", "rms_change"):
             torch.testing.assert_close(one.columns[name][site], two.columns[name][site], equal_nan=True)
+
+
+def test_experts_over_two_processes_give_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    """Every shard rates other samples per expert, and a process may meet experts that another does not."""
+    model = families.build("qwen3_vl_moe", tmp_path / "model")
+    given = ["--sites", "neurons", "--limit", "48", "--memory", "40KB"]
+    run(1, model, data, tmp_path / "one", *given, "--keep-shards")
+    assert len(shards(tmp_path / "one")) > 3, "a process must have some"
+    asked = command(1, model, data, tmp_path / "two", *given, "--processes", "2")[3:]
+    job = ranks(2, execute, asked, said=tmp_path / "said")
+    assert [rank.wait() for rank in job] == [0, 0], job[0].err()
+    one, two = (tmp_path / name / "evidence.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    met = Evidence.load(two).columns["n_toxic"]
+    assert len({int(number) for counts in met.values() for number in counts.flatten()}) > 3, "experts met all alike"
 
 
 @pytest.mark.parametrize("engine", ["exact", "histogram"])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.inkling import InklingForCausalLM, InklingTextConfig
 from transformers.models.llama4 import Llama4ForCausalLM, Llama4TextConfig
+from transformers.models.step3p7 import Step3p7Config, Step3p7ForConditionalGeneration
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
-from families.parts import text
+from families.parts import text, vision
 from families.unrolled import chat
 from find.conftest import example_of
 from safeglasses.defend.glasses import Glasses
@@ -26,7 +27,7 @@ from safeglasses.model.experts import find_experts
 from safeglasses.model.hooks import scaled, tap
 from safeglasses.model.products import Products
 from safeglasses.model.sites import Side, Site
-from safeglasses.model.vlm import VLM, load
+from safeglasses.model.vlm import VLM
 from safeglasses.ship.fold import fold_checkpoint
 
 SIDES: tuple[Side, ...] = ("gate", "up", "in", "out")
@@ -78,6 +79,15 @@ def inkling(family: Callable[[str], VLM]) -> VLM:
     moe = {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2}
     config = InklingTextConfig(**text(head_dim=8, sliding_window_size=8, rel_extent=16, **heads, **moe))
     return vlm_of(sharpened(InklingForCausalLM(config)), family("llama"))
+
+
+@pytest.fixture(scope="module")
+def step(family: Callable[[str], VLM]) -> VLM:
+    """Step 3.7 itself, asked without pictures: a dense layer, then one of experts beside a shared one."""
+    moe = {"moe_intermediate_size": 24, "share_expert_dim": 24, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    layers = {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention"] * 2, "sliding_window": 8}
+    config = Step3p7Config(text_config=text(head_dim=8, **moe, **layers), vision_config=vision(image_size=32))
+    return vlm_of(sharpened(Step3p7ForConditionalGeneration(config)), family("llama"))
 
 
 def logits(vlm: VLM) -> Tensor:
@@ -245,7 +255,7 @@ def test_shared_experts_with_gates_apart(inkling: VLM) -> None:
             torch.testing.assert_close(seen[Site(f"{path}.{number}", side)], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama4", "inkling", "stepped"])
+@pytest.mark.parametrize("name", ["llama4", "inkling", "step", "stepped"])
 def test_folded_is_worn_in_memory_and_on_disk(
     name: str, request: pytest.FixtureRequest, family: Callable[[str], VLM], tmp_path: Path
 ) -> None:
@@ -253,7 +263,7 @@ def test_folded_is_worn_in_memory_and_on_disk(
     vlm = VLM(copy.deepcopy(vlm.model), vlm.processor, vlm.anatomy, "made up")
     glasses = Glasses(factors_of(vlm), vlm.fingerprint(), "made up")
     folder = None
-    if name == "llama4":
+    if name != "stepped":
         vlm.model.save_pretrained(tmp_path / "base")
         vlm.processor.save_pretrained(tmp_path / "base")
         saved = glasses.save(tmp_path / "glasses", vlm)
@@ -266,7 +276,7 @@ def test_folded_is_worn_in_memory_and_on_disk(
     glasses.fold(vlm)
     torch.testing.assert_close(logits(vlm), worn, atol=1e-4, rtol=1e-4)
     if folder is not None:
-        again = dict(load(folder).model.named_parameters())
+        again = dict(type(vlm.model).from_pretrained(folder).named_parameters())
         assert all(torch.equal(parameter, again[path]) for path, parameter in vlm.model.named_parameters())
 
 
