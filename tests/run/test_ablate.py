@@ -110,3 +110,17 @@ def test_neurons_are_read_from_a_list_of_addresses(family: Callable[[str], VLM],
     path.write_text("\n")
     with pytest.raises(SafeglassesError, match="no neuron in the file"):
         neurons_in(path, vlm)
+
+
+def test_experts_are_not_patched_and_that_is_said_before_the_first_answer(
+    family: Callable[[str], VLM], benchmark: Benchmark, tmp_path: Path
+) -> None:
+    vlm, rows = family("qwen3_vl_moe"), read_examples(benchmark.probe)
+    site = vlm.anatomy.sites("neurons")[0]
+    mask = torch.arange(vlm.anatomy.width(site)) < 2
+    tuned = Glasses({site: torch.where(mask, 1.5, 1.0)}, vlm.fingerprint(), "test")
+    ordinary = [row for row in rows.split("find") if not row.is_toxic][:4]
+    given = {"judge": judge_from("complied"), "ordinary": ordinary, "journals": tmp_path / "journals"}
+    with pytest.raises(SafeglassesError, match="neurons of fused experts cannot be patched"):
+        ablate(vlm, Selection({site: mask}), rows.split("test")[:4], tuned=tuned, **given)
+    assert not (tmp_path / "journals").exists()

@@ -218,7 +218,7 @@ def _say_unmet(met: Mapping[Site, Sequence[tuple[int, int]]], prompts: Sequence[
     if few:
         log.warning(
             "%d of %d experts were met by fewer than %d harmful or benign prompts of some language and risk type: "
-            "none of their neurons is selected there (%s)",
+            "none of their neurons is selected there (%s); more prompts, or tokens='prompt', would rate more",
             *(len(few), len(met), MET, f"{few[0]}" + (" …" if len(few) > 1 else "")),
         )
 
@@ -247,7 +247,7 @@ def _check(vlm: VLM, probe: Probe, rules: Sequence[Rule], sites: Sequence[Site])
     names = [rule.name for rule in rules]
     if len(set(names)) < len(names):
         raise SafeglassesError("a rule is named twice", given=", ".join(names), expected="each rule once")
-    outputs = [site for site in sites if site.side == "out"]
+    outputs = [site for site in sites if site.side != "in"]
     if outputs:
         raise SafeglassesError(
             "importance needs the weights that read a neuron",

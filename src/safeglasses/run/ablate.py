@@ -96,6 +96,9 @@ def ablate(
     show = progress or Quiet()
     _check(prompts, ordinary, kinds, controls)
     random = [neurons.matched(seed + i) for i in range(controls)]
+    if tuned is not None:
+        with Patch(tuned, neurons).worn(vlm):
+            pass  # refuses now what it would refuse after all other arms
     stand_ins = None
     if {"mean", "resample"} & set(kinds):
         with show.stage("ordinary activations"):
@@ -127,7 +130,7 @@ def ablate(
         "judge": judge.name,
         "neurons": len(neurons),
         "neurons_of": sum(len(mask) for mask in neurons.masks.values()),
-        "layers": sum(bool(mask.any()) for mask in neurons.masks.values()),
+        "layers": len({site.layer for site, mask in neurons.masks.items() if mask.any()}),
         "controls": controls,
         "seed": seed,
         "decoding": {"temperature": temperature, "max_new_tokens": max_new_tokens},

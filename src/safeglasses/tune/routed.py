@@ -153,9 +153,8 @@ def experts_trained(
             made[path] = ExpertRows(some, 1.0 if some[0].one_hot else scale, parameter.device, kind)
             visits = _visits(anatomy, _part(some[0]), made[path].pairs)
             leaving.enter_context(visited(model, anatomy, visits, first=True))
-            if not anatomy.experts[_part(some[0]).module].dispatched:
-                experts = model.get_submodule(anatomy.absolute_path(_part(some[0]).module))
-                leaving.callback(experts.register_forward_hook(_reaching(made[path])).remove)
+            experts = model.get_submodule(anatomy.absolute_path(_part(some[0]).module))
+            leaving.callback(experts.register_forward_hook(_reaching(made[path])).remove)
         if made:
             model.add_module(NAME, nn.ModuleList(made.values()))
             leaving.callback(delattr, model, NAME)
@@ -190,7 +189,7 @@ def check_slices(anatomy: Anatomy, changes: Mapping[str, Change]) -> None:
 
 
 def _reaching(rows: ExpertRows) -> Callable[..., Tensor]:
-    """Return a hook by which every forward reaches what is trained: a loop over experts skips those without a token."""
+    """Return a hook by which every forward reaches what is trained, also where no selected expert has a token."""
 
     def reach(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         everything = torch.stack([parameter.sum() for parameter in rows.parameters()]).sum()
@@ -229,10 +228,10 @@ def _adder(source: _Pairs, part: Slice, half: int, width: int) -> Visit:
         ends, parts, done = routing.ends.tolist(), [], 0
         for number in sorted(pairs):
             first, last = (ends[number - 1] if number else 0), ends[number]
-            if first == last and not routing.whole:
+            if first == last:
                 continue
             index, neurons = place(number, pairs[number], value.device)
-            more = pairs[number].of(read[first:last].to(kind), index)  # of no rows as well: gradient zero, not none
+            more = pairs[number].of(read[first:last].to(kind), index)
             parts += [value[done:first], value[first:last].to(kind).index_add(-1, neurons, more).to(value.dtype)]
             done = last
         return torch.cat([*parts, value[done:]])
