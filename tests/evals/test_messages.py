@@ -4,6 +4,7 @@ import base64
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from inspect_ai.model import (
@@ -20,10 +21,10 @@ from inspect_ai.tool import ToolCall
 from PIL import Image
 
 from evals.conftest import ask, png
-from safeglasses.data.examples import Picture
+from safeglasses.data.examples import Example, Picture, Text, Turn, Video, write_examples
 from safeglasses.errors import BadRow, SafeglassesError
 from safeglasses.evals.messages import chat_of, key_of, settings_of
-from safeglasses.evals.samples import sample_of
+from safeglasses.evals.samples import sample_of, samples
 from safeglasses.evals.uris import data_uri, picture_of
 
 
@@ -157,3 +158,20 @@ def test_the_key_is_about_what_is_asked():
     others = [sample_of(ask("3", *words)).input for words in (("what", "blue"), ("what ", "red"), ("what",))]
     assert key_of(row) == key_of(same)
     assert len({key_of(m) for m in [row, *others]}) == 4
+
+
+def test_a_video_is_its_frames_in_a_log_and_refused_in_a_task(tmp_path: Path) -> None:
+    """A task's model would be shown pictures where the row has a video."""
+    pictures = ask("1", "what", "red", "blue").pictures
+    row = Example("film", (Turn("user", (Video(pictures), Text("what"))),), label="toxic", split="test")
+    (message,) = sample_of(row).input
+    assert [part.type for part in message.content] == ["image", "image", "text"]
+    write_examples(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(SafeglassesError) as caught:
+        samples(str(tmp_path / "rows.jsonl"), split="test", keep=lambda _: True, what="prompts")
+    assert str(caught.value) == (
+        "videos do not go through Inspect here\n"
+        "  given:    1 row(s) with videos, the first 'film'\n"
+        "  expected: rows of text and pictures: its messages hold whole files of videos, and ours hold frames\n"
+        "  do:       measure them with safeglasses measure --log-dir, or give the frames as pictures"
+    )

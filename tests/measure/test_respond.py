@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeglasses.data.examples import Example
+from safeglasses.data.examples import Example, Text, Turn, Video
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.respond import Decoding, in_pieces, resolve_batch_size, respond
 from safeglasses.model.vlm import VLM, Chat
@@ -239,3 +239,13 @@ def test_errors_name_what_was_given(tiny_vlm: VLM, prompts: Sequence[Example]) -
         with pytest.raises(SafeglassesError, match="bad decoding"):
             replace(GREEDY, **change)
     assert resolve_batch_size(tiny_vlm, "auto") == 32
+
+
+def test_a_prompt_that_the_model_does_not_take_stops_the_run_before_its_first_answer(
+    tiny_vlm: VLM, prompts: Sequence[Example], tmp_path: Path
+) -> None:
+    (picture,) = prompts[0].pictures
+    turn = Turn("user", (Video((picture, picture)), Text("what is this")))
+    with pytest.raises(SafeglassesError, match="this model's processor takes no videos"):
+        respond(tiny_vlm, [*prompts, Example("film", (turn,))], decoding=GREEDY, journal=tmp_path / "journal.jsonl")
+    assert list(tmp_path.iterdir()) == []

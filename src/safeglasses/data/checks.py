@@ -64,6 +64,16 @@ def check_pairs(examples: Examples, vlm: Reader, *, minimum: int = 20) -> None:
         )
 
 
+def check_media(examples: Iterable[Example], vlm: Reader) -> None:
+    """Check that a model takes what rows show: a row of each number of pictures and of frames is tried.
+
+    Raises:
+        SafeglassesError: pictures or videos that the model does not take, or none where it needs one.
+    """
+    kinds = {row.layout: row for row in examples}
+    _measured(list(kinds.values()), vlm)
+
+
 def prompts_of(pairs: Iterable[Example]) -> Examples:
     """Return the distinct prompts of pairs, for measuring when the user gives no prompts.
 
@@ -103,18 +113,9 @@ def _check_classes(examples: Examples, minimum: int) -> None:
 
 
 def _check_lengths(examples: Examples, vlm: Reader) -> None:
-    limit = vlm.context_length
+    lengths, limit = _measured(examples, vlm), vlm.context_length
     if limit is None:
         return
-
-    @cache
-    def blank(size: tuple[int, int]) -> Image.Image:
-        return Image.new("RGB", size)
-
-    def stand_in(picture: Picture) -> Image.Image:  # only the size counts, so the pixels can stay on disk
-        return blank(picture.size)
-
-    lengths = vlm.lengths([row.chat_with(stand_in) for row in examples])
     long = {row.id: length for row, length in zip(examples, lengths, strict=True) if length > limit}
     if long:
         raise SafeglassesError(
@@ -123,6 +124,17 @@ def _check_lengths(examples: Examples, vlm: Reader) -> None:
             expected=f"at most {limit:,} tokens, prompt, pictures and response together",
             do="shorten or remove these rows",
         )
+
+
+def _measured(examples: Sequence[Example], vlm: Reader) -> list[int]:
+    @cache
+    def blank(size: tuple[int, int]) -> Image.Image:
+        return Image.new("RGB", size)
+
+    def stand_in(picture: Picture) -> Image.Image:  # only the size counts, so the pixels can stay on disk
+        return blank(picture.size)
+
+    return vlm.lengths([row.chat_with(stand_in) for row in examples])
 
 
 def _refuse(examples: Examples, wrong: Callable[[Example], bool], what: str, expected: str) -> None:

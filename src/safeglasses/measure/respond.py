@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from safeglasses.data.checks import check_media
 from safeglasses.data.examples import Example, Text
 from safeglasses.errors import SafeglassesError
 from safeglasses.measure.journal import Journal, Row
@@ -89,8 +90,8 @@ def respond(
         The answers in the order of the examples, those of one prompt together.
 
     Raises:
-        SafeglassesError: no prompts, the journal belongs to another run, or a single prompt does not fit into
-            memory.
+        SafeglassesError: no prompts, or some that show what the model does not take; the journal belongs to another
+            run; a single prompt does not fit into memory.
     """
     if not examples or samples < 1:
         raise SafeglassesError("nothing to answer", given=f"{len(examples)} prompts, {samples} answers each")
@@ -100,6 +101,7 @@ def respond(
             given=f"samples={samples}, temperature=0",
             expected="samples=1",
         )
+    check_media(examples, vlm)
     items = [(example, sample) for example in examples for sample in range(samples)]
     size = resolve_batch_size(vlm, batch_size)
     plan = batches([(e.layout, _text_length(e)) for e, _ in items], size)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safeglasses.data.categories import about, check_categories, eliciting, without_others
-from safeglasses.data.checks import check_pairs
+from safeglasses.data.checks import check_media, check_pairs
 from safeglasses.data.examples import SPLITS, Example, Examples, prompts_of, read_examples
 from safeglasses.data.open import PROMPTS, open_pairs, open_prompts
 from safeglasses.errors import SafeglassesError
@@ -69,6 +69,7 @@ def read_inputs(
         lessons, asked = without_others(given, categories), eliciting(asked, categories)
         given = about(given, categories)
     check_pairs(given, vlm)
+    check_media(asked, vlm)
     _check_test(asked, of_pairs=prompts is None and pairs is not None)
     lengths = vlm.lengths([e.chat() for e in given])
     without = vlm.lengths([e.chat(with_response=False) for e in given])
