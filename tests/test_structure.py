@@ -145,6 +145,7 @@ def test_what_only_reads_results_starts_without_pytorch() -> None:
     script = """
 import sys
 import safeglasses.cli.tables, safeglasses.measure.compare, safeglasses.measure.results_reading
+import safeglasses.report.html, safeglasses.report.stored
 sys.exit({"torch", "transformers"} & set(sys.modules) != set())
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

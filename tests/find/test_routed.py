@@ -16,7 +16,8 @@ from safeglasses.data.examples import Example, Examples
 from safeglasses.errors import SafeglassesError
 from safeglasses.find.capture import capture
 from safeglasses.find.engine import Setup
-from safeglasses.find.evidence import FEWEST, Evidence
+from safeglasses.find.enough import FEWEST
+from safeglasses.find.evidence import Evidence
 from safeglasses.find.finding import measure_evidence
 from safeglasses.find.pools import Pool
 from safeglasses.find.selection import Selection

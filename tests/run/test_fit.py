@@ -22,7 +22,8 @@ from safeglasses.cli import execute
 from safeglasses.defend.glasses import Glasses
 from safeglasses.defend.recipes import RECIPES
 from safeglasses.errors import SafeglassesError
-from safeglasses.find.evidence import FEWEST, Evidence
+from safeglasses.find.enough import FEWEST
+from safeglasses.find.evidence import Evidence
 from safeglasses.measure.results_reading import read_results
 from safeglasses.model.vlm import load
 from safeglasses.report.schema import validate

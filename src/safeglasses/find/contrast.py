@@ -18,7 +18,7 @@ from safeglasses.data.probes import RISKS, Cell, Risk, several_languages
 from safeglasses.errors import SafeglassesError, WrongBase
 from safeglasses.files import atomic_write_bytes
 from safeglasses.find.averages import Averages
-from safeglasses.find.evidence import FEWEST
+from safeglasses.find.enough import FEWEST
 from safeglasses.find.rules import Rule, RuleName
 from safeglasses.find.selection import Selection
 from safeglasses.model.sites import Site

@@ -15,7 +15,7 @@ from safeglasses.errors import SafeglassesError
 from safeglasses.find.averages import Values
 from safeglasses.find.contrast import COLUMNS, Column, Contrast
 from safeglasses.find.engine import Job, Setup
-from safeglasses.find.evidence import FEWEST as MET
+from safeglasses.find.enough import FEWEST as MET
 from safeglasses.find.finding import claim, identity_of, setup_for, weight_norm
 from safeglasses.find.passes import Watch
 from safeglasses.find.pools import Pool

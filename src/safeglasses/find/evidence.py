@@ -14,15 +14,12 @@ from torch import Tensor
 
 from safeglasses.errors import SafeglassesError
 from safeglasses.files import atomic_write_bytes
+from safeglasses.find.enough import FEWEST
 from safeglasses.find.pools import Pool
 from safeglasses.find.statistics import benjamini_hochberg, p_values, standard_error
 from safeglasses.model.sites import Site
 
 SCHEMA = 2
-FEWEST = 10
-"""Samples of each class that an expert's neuron must have met to be rated. Whatever is selected rests on the normal
-approximation of Mann and Whitney's U, which they found close from 8 of each on; and among few samples perfect
-separation is chance: 1 in 184,756 for 10 and 10, 1 in 252 for 5 and 5, where millions of neurons are looked at."""
 Counts = tuple[tuple[int, int], ...]
 Aurocs = Mapping[Site, Float[Tensor, "pool _neuron"]]
 

@@ -19,8 +19,9 @@ from safeglasses.find.capture import check_something
 from safeglasses.find.certainty import assess
 from safeglasses.find.confounds import confound_table
 from safeglasses.find.engine import Engine, Finished, Job, Setup, shard_size
+from safeglasses.find.enough import FEWEST
 from safeglasses.find.estimate import DISK_SHARE, choose, exact_bytes
-from safeglasses.find.evidence import FEWEST, Aurocs, Evidence
+from safeglasses.find.evidence import Aurocs, Evidence
 from safeglasses.find.passes import Watch
 from safeglasses.find.pools import Pool
 from safeglasses.find.sizes import format_bytes, free_disk, memory_budget

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from safeglasses.files import atomic_write_text
-from safeglasses.find.evidence import FEWEST
+from safeglasses.find.enough import FEWEST
 from safeglasses.report import figures, maps
 from safeglasses.report.page import fill
 from safeglasses.report.panel import panel_of
