@@ -17,9 +17,8 @@ def check_torchvision() -> None:
     try:
         import_module("torchvision")
     except (ImportError, OSError, RuntimeError) as error:
-        versions = (
-            f"{d.name} {d.version}" for name in ("torchvision", "torch") for d in metadata.distributions(name=name)
-        )
+        found = (next(iter(metadata.distributions(name=name)), None) for name in ("torchvision", "torch"))
+        versions = [f"{one.name} {one.version}" for one in found if one is not None]
         raise SafeglassesError(
             "torchvision is installed, but cannot be loaded beside the installed torch",
             given=f"{(str(error).strip() or repr(error)).splitlines()[0]} ({', '.join(versions)})",
