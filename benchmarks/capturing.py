@@ -85,10 +85,10 @@ def measure(
             vlm.forward(batch, logits_from=last)
 
     def capture() -> None:
-        pooled_pass(vlm, batch, windows, watch, whole=False).cpu()
+        pooled_pass(vlm, batch, windows, watch, whole=False)[0].cpu()
 
     def to_the_end() -> None:
-        pooled_pass(vlm, batch, windows, watch, whole=True).cpu()
+        pooled_pass(vlm, batch, windows, watch, whole=True)[0].cpu()
 
     works = {"bare": bare, "capture": capture} | ({"whole": to_the_end} if whole else {})
     return take_turns(works, clock=clock, rounds=rounds)

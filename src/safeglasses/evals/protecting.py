@@ -10,7 +10,6 @@ from inspect_ai.model import (
     ChatMessage,
     ChatMessageAssistant,
     ChatMessageSystem,
-    ChatMessageUser,
     Content,
     ContentImage,
     ContentText,
@@ -24,8 +23,9 @@ from inspect_ai.solver import TaskState
 from safeglasses.data.pictures import Picture
 from safeglasses.data.records import Text, Turn
 from safeglasses.errors import SafeglassesError
+from safeglasses.evals.samples import message_of
 from safeglasses.evals.solvers import DRAW
-from safeglasses.evals.uris import data_uri, picture_of
+from safeglasses.evals.uris import picture_of
 from safeglasses.protect.compose import Kit, compose, read_kit
 from safeglasses.protect.running import judged
 from safeglasses.protect.stack import Protection
@@ -122,10 +122,6 @@ def _part(part: Content) -> Text | Picture:
 
 
 def _message(turn: Turn) -> ChatMessage:
-    content: list[Content] = [
-        ContentText(text=part.text) if isinstance(part, Text) else ContentImage(image=data_uri(part))
-        for part in turn.content
-    ]
     if turn.role == "system":  # some servers take no list here
         return ChatMessageSystem(content="".join(part.text for part in turn.content if isinstance(part, Text)))
-    return ChatMessageAssistant(content=content) if turn.role == "assistant" else ChatMessageUser(content=content)
+    return message_of(turn)

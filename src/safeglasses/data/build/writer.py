@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeglasses.data.build.composing import Made, by_split
 from safeglasses.data.build.recipe import Config
-from safeglasses.data.pictures import Picture
-from safeglasses.data.records import Turn
+from safeglasses.data.records import Text, Turn
 from safeglasses.files import atomic_write_bytes, sha256_file
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _message(turn: Turn) -> dict[str, Any]:
     return {
         "role": turn.role,
         "content": [
-            {"type": "image", "text": None} if isinstance(part, Picture) else {"type": "text", "text": part.text}
+            {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image", "text": None}
             for part in turn.content
         ],
     }
