@@ -86,9 +86,7 @@ class ExpertRows(nn.Module):
 
     def changes(self) -> dict[str, Change]:
         """Read what was trained, on the CPU."""
-        a, b = (None if value is None else whole(value).cpu() for value in (self.a, self.b))
-        if a is None:
-            raise TypeError("A is there")
+        a, b = whole(self.a).cpu(), None if self.b is None else whole(self.b).cpu()
         return {
             t.path: Change(
                 t.out, t.into, one.clone(), None if two is None else two.clone(), t.rows, None, self.scale, t.part
