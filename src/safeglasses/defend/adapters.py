@@ -48,6 +48,36 @@ def write_adapter(folder: Path, effective: Factors, home: Home) -> None:
     atomic_write_bytes(folder / TENSORS, save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
 
 
+def lora_config(home: Home, paths: Iterable[str], *, rank: int, alpha: float) -> dict[str, Any]:
+    """Return ``adapter_config.json`` of a LoRA of linear maps, as exported glasses and shields write it.
+
+    Args:
+        home: the base model.
+        paths: of the maps, relative to the decoder.
+        rank: of all of them.
+        alpha: the scale times the rank.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": home.source,
+        "revision": home.revision,
+        "target_modules": [home.absolute(path) for path in paths],
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": home.conv1d,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "exclude_modules": None,
+        "auto_mapping": None,
+    }
+
+
 def _config(sites: Iterable[Site], home: Home) -> dict[str, Any]:
     ordered = in_order(sites)
     return {

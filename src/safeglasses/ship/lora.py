@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from safeglasses.defend.adapters import CONFIG, TENSORS, check_names
+from safeglasses.defend.adapters import CONFIG, TENSORS, check_names, lora_config
 from safeglasses.defend.factors import Factors, changed, in_order, refuse_fused, refuse_outside
 from safeglasses.defend.home import Home
 from safeglasses.defend.weights import PLAIN
@@ -170,7 +170,7 @@ def write_lora(
             shift = torch.zeros(len(change.b)) if change.bias is None else change.bias
             tensors[f"{key}.lora_B.bias"] = shift.to(kind)
     save_file(dict(sorted(tensors.items())), folder / TENSORS, metadata={"format": "pt"})
-    write_json(folder / CONFIG, _config(home, list(needed), rank, biases=biases))
+    write_json(folder / CONFIG, {**lora_config(home, needed, rank=rank, alpha=float(rank)), "lora_bias": biases})
     return LoRA(rank, needed, biases, kind)
 
 
@@ -209,26 +209,3 @@ def _one_hot(index: Tensor, width: int) -> Float[Tensor, "rank width"]:
     rows = torch.zeros(len(index), width, dtype=torch.float64)
     rows[torch.arange(len(index)), index] = 1
     return rows
-
-
-def _config(home: Home, paths: list[str], rank: int, *, biases: bool) -> dict[str, object]:
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": home.source,
-        "revision": home.revision,
-        "target_modules": [home.absolute(path) for path in paths],
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "lora_bias": biases,
-        "fan_in_fan_out": home.conv1d,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "exclude_modules": None,
-        "auto_mapping": None,
-    }

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from safeglasses.defend.adapters import CONFIG, TENSORS, check_names
+from safeglasses.defend.adapters import CONFIG, TENSORS, check_names, lora_config
 from safeglasses.defend.home import Home
 from safeglasses.defend.strict import read_object
 from safeglasses.errors import PartialMatch, SafeglassesError
@@ -97,28 +97,8 @@ def read_changes(folder: Path, record: Record, masks: Mapping[Site, Tensor]) -> 
 
 
 def _config(paths: Sequence[str], fused: Sequence[str], rank: int, scale: float, home: Home) -> dict[str, Any]:
-    alpha = scale * rank
     parameters = {"target_parameters": [home.absolute(path) for path in fused]} if fused else {}
-    return {
-        **parameters,
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": home.source,
-        "revision": home.revision,
-        "target_modules": [home.absolute(path) for path in paths],
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": home.conv1d,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "exclude_modules": None,
-        "auto_mapping": None,
-    }
+    return {**parameters, **lora_config(home, paths, rank=rank, alpha=scale * rank)}
 
 
 def _tensors(changes: Mapping[str, Change], rank: int, home: Home) -> dict[str, Tensor]:
